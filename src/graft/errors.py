@@ -1,0 +1,37 @@
+"""The one exception tree. Every message names the thing, the place, both numbers and the next step.
+
+A `GraftError` is a mistake or a limit that the user can act on: the command line prints its message, never a
+traceback, and ends with its exit code. Anything else that escapes is a defect of graft itself.
+"""
+
+
+class GraftError(Exception):
+    """Base of all errors that are shown to the user as they are."""
+
+    exit_code = 2
+
+
+class ConfigError(GraftError):
+    """A setting is unknown, has the wrong type, or contradicts another one."""
+
+
+class InputError(GraftError):
+    """A file, folder, model or tokenizer that was named cannot serve."""
+
+
+class DataRefused(GraftError):
+    """The data was read, but too much of it was rejected to train on it unasked."""
+
+    exit_code = 3
+
+
+class Diverged(GraftError):
+    """The run was stopped because its numbers stopped making sense; the last good checkpoint is kept."""
+
+    exit_code = 4
+
+
+class Interrupted(GraftError):
+    """The run was stopped by a signal; a checkpoint was written and the run can be resumed."""
+
+    exit_code = 5

@@ -1,0 +1,71 @@
+"""Which device, which number format. Knows torch; nothing of models."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from graft.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """In what format numbers are kept and computed."""
+
+    frozen: torch.dtype
+    """Format of weights that are not trained."""
+    trained: torch.dtype
+    """Format of weights that are trained: always fp32, since small updates round to nothing in 16 bits."""
+    compute: torch.dtype
+    """Format of matrix products."""
+
+    @property
+    def scaled(self) -> bool:
+        """Whether gradients need a loss scaler: fp16 has no range for small ones."""
+        return self.compute == torch.float16
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        """The context that computes in `compute`."""
+        if self.compute == torch.float32:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.compute)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the accelerator that is there, else the CPU.
+
+    Raises:
+        ConfigError: the device is unknown or not there.
+    """
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator if accelerator is not None else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used here ({reason}); try device=auto or device=cpu") from None
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> Precision:
+    """The formats for a wanted precision; `auto` asks the device."""
+    if name == "auto":
+        name = "fp32"
+        if device.type == "cuda":
+            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    compute = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return Precision(frozen=compute, trained=torch.float32, compute=compute)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of the process so far: allocated on an accelerator, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    per_unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * per_unit / 2**30

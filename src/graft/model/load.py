@@ -1,0 +1,142 @@
+"""From a folder to a model on a device. A local folder never opens a socket."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from graft.errors import InputError
+from graft.model.device import pick_device, pick_precision
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to be used."""
+
+    model: PreTrainedModel | PeftModel
+    device: torch.device
+    dtype: torch.dtype
+    folder: Path
+    base: str | None
+    """Path or id of the base model where `folder` holds an adapter."""
+
+
+def load_model(
+    folder: Path | str,
+    device: str = "auto",
+    precision: str = "auto",
+    trust_remote_code: bool = False,
+    base: str | None = None,
+) -> LoadedModel:
+    """Load a model folder, or an adapter folder onto its base, for inference.
+
+    `base` replaces the path that the adapter names.
+
+    Raises:
+        InputError: the folder is missing, incomplete, or not of a causal language model.
+    """
+    folder = Path(folder)
+    where = pick_device(device)
+    dtype = pick_precision(precision, where).compute
+    adapter = (folder / "adapter_config.json").is_file()
+    if adapter and base is None:
+        base = adapter_base(folder)
+    model: PreTrainedModel | PeftModel = load_base(base if adapter and base else str(folder), dtype, trust_remote_code)
+    if adapter:
+        model = load_adapter(model, folder, trainable=False)
+    model.to(where)
+    model.eval()
+    return LoadedModel(model, where, dtype, folder, base if adapter else None)
+
+
+def load_base(path: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal language model on the CPU, in `dtype`.
+
+    Raises:
+        InputError: there is no such model, or it is not a causal language model.
+    """
+    local = Path(path).exists()
+    if local and not (Path(path) / "config.json").is_file():
+        raise InputError(f"{path}: no config.json there; name a model folder as transformers saves it")
+    try:
+        # What transformers reports about missing keys is checked below; its own table would only repeat it.
+        transformers.logging.set_verbosity_error()
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            local_files_only=local,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise InputError(f"model {path}: cannot be loaded: {_first_line(error)}") from None
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise InputError(f"model {path}: {len(missing)} weights are missing from its files, for example {missing[0]}")
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def vocabulary_size(path: str, trust_remote_code: bool = False) -> int | None:
+    """Rows of the embedding by the config alone, before any weight is read; None where it does not say.
+
+    Raises:
+        InputError: the config is missing or of no known architecture.
+    """
+    local = Path(path).exists()
+    if local and not (Path(path) / "config.json").is_file():
+        raise InputError(f"{path}: no config.json there; name a model folder as transformers saves it")
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=local, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"model {path}: its config cannot be read: {_first_line(error)}") from None
+    size = config.get_text_config().to_dict().get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def adapter_base(folder: Path) -> str:
+    """The base model that an adapter names, looked for from here and from the adapter's folder.
+
+    Raises:
+        InputError: it names none, or one that is not there.
+    """
+    named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not named:
+        raise InputError(f"{folder}: adapter_config.json names no base model; give it with --base PATH")
+    for candidate in (Path(named), folder / named):
+        if candidate.is_dir():
+            return str(candidate)
+    if Path(named).is_absolute() or named.startswith("."):
+        raise InputError(f"{folder}: its base model {named} is not there; give its place with --base PATH")
+    return str(named)
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftModel:
+    """Put a saved adapter on a model; every one of its weights must find its place.
+
+    Raises:
+        InputError: the adapter does not fit this model.
+    """
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        tuned = PeftModel(model, config)
+        report = tuned.load_adapter(str(folder), "default", is_trainable=trainable)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"adapter {folder}: does not fit the model {model.name_or_path}: {_first_line(error)}") from None
+    if report.unexpected_keys:
+        raise InputError(
+            f"adapter {folder}: {len(report.unexpected_keys)} of its weights have no place in the model "
+            f"{model.name_or_path}, for example {report.unexpected_keys[0]}; is this its base?"
+        )
+    return tuned
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

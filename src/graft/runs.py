@@ -1,0 +1,146 @@
+"""The run folder: which files it has, and how they are written so that a crash at any byte loses nothing old.
+
+    runs/NAME/
+        config.yaml         every effective setting
+        environment.json    versions, device, git commit, data and template hashes
+        metrics.jsonl       one object per logged step or validation
+        rejects.jsonl       every row that was not trained on, with file, line, field and reason
+        trace.jsonl         conversation ids and rows of every step (trace: true)
+        data/               the validation and test parts that were held out, as chat-messages jsonl
+        checkpoints/step-N/ complete or absent
+        final/              a model or adapter folder that transformers and PEFT load as is
+        report.html, loss.png
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graft.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The paths of one run."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def rejects(self) -> Path:
+        return self.root / "rejects.jsonl"
+
+    @property
+    def trace(self) -> Path:
+        return self.root / "trace.jsonl"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        return self.root / "final"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    def exists(self) -> bool:
+        """Whether a run was started here (its settings were written)."""
+        return self.config.is_file()
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The logged objects in order; a line torn by a crash is left out."""
+        return list(read_jsonl(self.metrics)) if self.metrics.is_file() else []
+
+
+def new_run_folder(wanted: str | None, default_name: str) -> RunFolder:
+    """The folder for a new run: `wanted` as it is, else runs/NAME, numbered when that exists already."""
+    if wanted is not None:
+        return RunFolder(Path(wanted))
+    name = re.sub(r"[^\w.-]+", "-", default_name).strip("-.") or "run"
+    number, folder = 1, Path("runs") / name
+    while folder.exists():
+        number += 1
+        folder = Path("runs") / f"{name}-{number}"
+    return RunFolder(folder)
+
+
+def make_writable(folder: Path) -> None:
+    """Create a folder and prove that files can be written there.
+
+    Raises:
+        InputError: it cannot be created or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{folder}: cannot write there ({error.strerror}); choose another folder with out=DIR") from None
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file aside, fsync it and rename it into place: readers see the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside a folder durable; does nothing where the system cannot open folders (Windows)."""
+    with contextlib.suppress(PermissionError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one object as a line, in one write, so that a crash tears at most the last line."""
+    with path.open("ab") as file:
+        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a jsonl file that graft wrote; a torn last line is passed over."""
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)

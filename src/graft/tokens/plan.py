@@ -1,0 +1,59 @@
+"""The plan of steps: which conversations each optimizer step sees. A pure function of (data, seed, step).
+
+Hardware, row budget, world size and history do not enter, so a run is the same on other machines and after a resume,
+and step 1,000,000 is found without walking through the steps before it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Steps over `len(repeats)` conversations.
+
+    An epoch holds conversation i `repeats[i]` times: 2.0 is twice, 0.25 is in one epoch of four. Its steps are of
+    equal size to within one conversation, at most `batch_size`: 33 conversations at 16 make 11 + 11 + 11 and not
+    16 + 16 + 1, so that no single conversation gets a step of its own.
+    """
+
+    repeats: tuple[float, ...]
+    batch_size: int
+    epochs: float
+    seed: int
+    max_steps: int | None = None
+
+    def epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Indices of the conversations of one epoch, shuffled."""
+        repeats = np.asarray(self.repeats)
+        # A fractional repeat is served at fixed phases: over many epochs conversation i appears repeats[i] times per
+        # epoch on average, and another subset each time.
+        phase = np.random.default_rng([self.seed, 1]).random(len(repeats))
+        times = np.floor(phase + repeats * (epoch + 1)) - np.floor(phase + repeats * epoch)
+        order = np.repeat(np.arange(len(repeats)), times.astype(np.int64))
+        return np.random.default_rng([self.seed, 2, epoch]).permutation(order)
+
+    def _per_epoch(self) -> int:
+        """Steps of one epoch; the same for all, from the mean number of conversations."""
+        return max(1, math.ceil(sum(self.repeats) / self.batch_size - 1e-9))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run, at least 1."""
+        wanted = max(1, round(self._per_epoch() * self.epochs))
+        return wanted if self.max_steps is None else min(wanted, self.max_steps)
+
+    def step(self, number: int) -> npt.NDArray[np.int64]:
+        """Indices of the conversations of step `number` (0-based); one that repeats within a step stands in it twice."""
+        epoch, index = divmod(number, self._per_epoch())
+        parts = np.array_split(self.epoch_order(epoch), self._per_epoch())
+        return np.asarray(parts[index], dtype=np.int64)
+
+    def epoch_at(self, number: int) -> float:
+        """Epochs completed before step `number`."""
+        return number / self._per_epoch()

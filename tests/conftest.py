@@ -1,0 +1,19 @@
+"""Fixtures that several test files share. Tests never reach a network."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+MATERIAL = Path(__file__).resolve().parents[2] / "shared" / "material"
+
+
+@pytest.fixture(scope="session")
+def material() -> Path:
+    """Real tokenizers, templates, data and small models that lie beside the checkout."""
+    if not MATERIAL.is_dir():
+        pytest.skip(f"NOT TESTED: the real material is absent ({MATERIAL})")
+    return MATERIAL
