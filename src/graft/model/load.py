@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from graft.errors import InputError
@@ -125,7 +126,8 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
     """
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        tuned = PeftModel(model, config)
+        config.inference_mode = not trainable
+        tuned = PeftModelForCausalLM(model, config)
         report = tuned.load_adapter(str(folder), "default", is_trainable=trainable)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"adapter {folder}: does not fit the model {model.name_or_path}: {_first_line(error)}") from None
@@ -135,6 +137,15 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
             f"{model.name_or_path}, for example {report.unexpected_keys[0]}; is this its base?"
         )
     return tuned
+
+
+def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+    """Replace the trained weights of a live model by those that graft saved from it."""
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        return
+    for file in sorted(folder.glob("model*.safetensors")):
+        model.load_state_dict(load_file(file), strict=False)  # a tied head is saved once, under the embedding's name
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,71 @@
+"""The command `graft`: registers the commands and turns errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from graft.cli import data
+from graft.cli.chat import chat
+from graft.cli.demo import demo
+from graft.cli.evaluate import evaluate
+from graft.cli.inspect import inspect
+from graft.cli.plot import plot
+from graft.cli.predict import predict
+from graft.cli.schema import schema
+from graft.cli.train import train
+from graft.errors import GraftError
+from graft.version import __version__
+
+app = typer.Typer(
+    name="graft",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="From an open base model and a heap of conversations to a measured, served domain expert.\n\n"
+    "Start with [bold]graft demo[/bold], then [bold]graft train --model DIR --data FILE[/bold].",
+)
+data.app.command("inspect")(inspect)
+app.command()(demo)
+app.command()(train)
+app.add_typer(data.app, name="data")
+app.command("eval")(evaluate)
+app.command()(predict)
+app.command()(chat)
+app.command()(plot)
+app.command()(schema)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"graft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version_wanted: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Register the options of `graft` itself."""
+
+
+def main() -> None:
+    """Entry point: 0 done, 2 bad input or settings, 3 data refused, 4 diverged, 5 interrupted with a checkpoint."""
+    from graft.console import fail
+
+    try:
+        app()
+    except GraftError as error:
+        fail(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        fail("interrupted; nothing was changed that is not saved")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        sys.stderr.close()
+        sys.exit(0)

@@ -1,0 +1,67 @@
+"""`graft train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graft.errors import ConfigError
+
+
+def train(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE.yaml] [KEY=VALUE ...]", help="A recipe and settings that override it."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder or Hugging Face id.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Training data; may be given several times.")] = None,
+    val: Annotated[list[str] | None, typer.Option(help="Validation data; else 5 % of the data are held out.")] = None,
+    test: Annotated[list[str] | None, typer.Option(help="Test data, kept for graft eval.")] = None,
+    out: Annotated[str | None, typer.Option(help="Run folder; else runs/MODEL-DATA.")] = None,
+    method: Annotated[str | None, typer.Option(help="lora (default) or full.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data (default 3).")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate (default 2e-4 for lora, 2e-5 for full).")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Conversations per optimizer step (default 16).")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder exactly where it was.")] = None,
+) -> None:
+    """Fine-tune a model on conversations.
+
+    Examples:
+
+    graft train --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl
+
+    graft train recipe.yaml lora.r=8 lr=1e-4
+
+    graft train --resume runs/my-run
+    """
+    from graft.config import load_train
+
+    recipe, overrides = _sort_words(words or [])
+    flags = {
+        "model": model, "data": data, "val": val, "test": test, "out": out, "method": method, "epochs": epochs,
+        "lr": lr, "batch_size": batch_size,
+    }  # fmt: skip
+    if resume is not None:
+        if recipe is not None:
+            raise ConfigError("--resume takes its settings from the run folder; leave the recipe out")
+        recipe = resume / "config.yaml"
+        flags |= {"resume": True, "out": str(resume)}
+    settings = load_train(recipe, overrides, {key: value for key, value in flags.items() if value})
+
+    from graft.console import note
+    from graft.train.loop import train as run_training
+
+    run = run_training(settings)
+    note(f"done: {run.final}")
+    note(f"next: graft chat {run.root}   graft eval {run.root}   graft plot {run.root}")
+
+
+def _sort_words(words: list[str]) -> tuple[Path | None, list[str]]:
+    """Tell the recipe from the overrides."""
+    overrides = [word for word in words if "=" in word]
+    recipes = [word for word in words if "=" not in word]
+    if len(recipes) > 1:
+        raise ConfigError(f"one recipe at a time; found {', '.join(recipes)} (an override is written key=value)")
+    return (Path(recipes[0]) if recipes else None), overrides

@@ -1,0 +1,66 @@
+"""From a model to a folder that transformers, PEFT and vLLM load as is: weights, tokenizer, chat template, stop set."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel
+
+from graft.tokens.renderer import Renderer
+
+
+def save_model(
+    model: PreTrainedModel | PeftModel, renderer: Renderer, folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write an adapter folder or a model folder; `dtype` is the format of a full model's weights, None as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        _save_adapter(model, folder)
+        base = model.get_base_model()
+    else:
+        _save_full(model, folder, dtype)
+        base = model
+    renderer.save(folder)
+    _stop_set(base, renderer).save_pretrained(folder)
+
+
+def _save_adapter(model: PeftModel, folder: Path) -> None:
+    config = model.peft_config["default"]
+    named = config.base_model_name_or_path
+    if named and os.path.isdir(named):  # noqa: PTH112  # it may be an id, which Path would rewrite
+        config.base_model_name_or_path = str(Path(named).resolve())
+    # PEFT would otherwise ask the hub whether the vocabulary was resized; graft never resizes it.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # an unfilled model card form
+
+
+def _save_full(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> None:
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # graft's own names mean nothing to other programs
+    state = None
+    if dtype is not None:
+        state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    before = model.config.dtype
+    if dtype is not None:
+        model.config.dtype = dtype
+    try:
+        model.save_pretrained(str(folder), state_dict=state)
+    finally:
+        model.config.dtype = before
+        model.set_attn_implementation(attention)
+
+
+def _stop_set(model: PreTrainedModel, renderer: Renderer) -> GenerationConfig:
+    """The model's generation settings, with every id that ends a turn."""
+    settings = model.generation_config or GenerationConfig()
+    saved = GenerationConfig(**{key: value for key, value in settings.to_diff_dict().items() if value is not None})
+    stops = sorted(renderer.stop_ids)
+    saved.eos_token_id = stops[0] if len(stops) == 1 else stops
+    if saved.pad_token_id is None:
+        saved.pad_token_id = stops[0]
+    if saved.do_sample is not True:  # a saved temperature without sampling is refused by transformers
+        saved.temperature = saved.top_p = saved.top_k = None
+    return saved

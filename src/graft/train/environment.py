@@ -1,0 +1,50 @@
+"""What the run ran on, so that a result can be traced to its versions, device, code and data."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from graft.version import __version__
+
+PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy", "accelerate")
+
+
+def describe_environment(device: torch.device, made_of: dict[str, str]) -> dict[str, Any]:
+    """Versions, device, git commit of the working folder, and the hashes of what the run is made of."""
+    return {
+        "graft": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "git": _git_commit(),
+        "made_of": made_of,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({platform.processor() or platform.machine()})"
+
+
+def _git_commit() -> str | None:
+    """Commit of the working folder, where it is a git checkout and git is installed."""
+    try:
+        said = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)  # noqa: S607
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return said.stdout.strip() or None

@@ -1,0 +1,322 @@
+"""A training run from settings to final folder, in the order in which things happen.
+
+    prepare data -> load model -> validate -> (rows -> gradient -> update -> log, validate, save)* -> final folder
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from graft.config import Train
+from graft.console import Advance, note, progress, warn
+from graft.errors import Diverged, InputError, Interrupted
+from graft.model.adapters import add_lora, trainable
+from graft.model.device import Precision, memory_gib, pick_device, pick_precision
+from graft.model.load import load_adapter, load_base, load_weights
+from graft.model.save import save_model
+from graft.model.trees import TreeLM
+from graft.runs import RunFolder, append_jsonl, make_writable, new_run_folder, write_atomic
+from graft.tokens.tree import sharing, total_weight
+from graft.train.checkpoint import (
+    State,
+    load_state,
+    newest_checkpoint,
+    prune,
+    put_in_place,
+    refuse_if_changed,
+    save_checkpoint,
+)
+from graft.train.environment import describe_environment
+from graft.train.optim import load_optimizer_state, make_optimizer, optimizer_state, set_learning_rate
+from graft.train.prepare import Prepared, prepare
+from graft.train.schedule import learning_rate
+from graft.train.signals import stop_requests
+from graft.train.step import Stepper
+from graft.train.validate import Validation, validate
+
+
+def train(settings: Train) -> RunFolder:
+    """Run to the end, or to where a signal stops it; returns the run folder with `final/` in it.
+
+    Raises:
+        GraftError: the settings, data or model cannot serve, the run diverged, or was interrupted (all saved).
+    """
+    settings, run = open_run(settings)
+    prepared = prepare(settings, run)
+    fit = Fit(settings, run, prepared)
+    with stop_requests() as stop, progress("training", prepared.plan.total_steps, fit.state.step) as advance:
+        try:
+            fit.loop(stop, advance)
+        except Diverged as error:
+            raise Diverged(f"{error}. The last good checkpoint is {newest_checkpoint(run) or 'the base model'}") from None
+    fit.finish()
+    return run
+
+
+def open_run(settings: Train) -> tuple[Train, RunFolder]:
+    """The run folder, with every effective value in its config.yaml; a resumed run keeps its date.
+
+    Raises:
+        InputError: the folder cannot be written, holds another run, or holds none to resume.
+    """
+    name = f"{Path(settings.model).name}-{Path(settings.data[0].path).stem}"
+    run = new_run_folder(settings.out, name)
+    if run.exists() and not settings.resume:
+        raise InputError(f"{run.root}: holds a run already; continue it with resume=true, or choose another out=DIR")
+    if settings.resume and not run.exists():
+        raise InputError(f"{run.root}: there is no run to resume; start it without resume=true")
+    make_writable(run.root)
+    date = settings.encode.date or datetime.datetime.now().astimezone().date().isoformat()
+    if settings.resume:
+        date = yaml.safe_load(run.config.read_text(encoding="utf-8"))["encode"]["date"]
+    effective = {
+        "out": str(run.root),
+        "lr": settings.peak_lr,
+        "row_tokens": settings.row_budget,
+        "encode": settings.encode.model_copy(update={"date": date}),
+    }
+    settings = settings.model_copy(update=effective)
+    saved = settings.model_dump(mode="json", exclude={"resume"})
+    write_atomic(run.config, yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
+    return settings, run
+
+
+@dataclass(slots=True)
+class Window:
+    """What was added up since the last logged step."""
+
+    nll: float = 0.0
+    weight: float = 0.0
+    computed: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class Fit:
+    """A run in memory: the model, its optimiser and where they stand."""
+
+    def __init__(self, settings: Train, run: RunFolder, prepared: Prepared) -> None:
+        """Load the model and, for a resumed run, put everything back to where its newest checkpoint was."""
+        self.settings = settings
+        self.run = run
+        self.prepared = prepared
+        self.total_steps = prepared.plan.total_steps
+        device = pick_device(settings.device)
+        self.precision = pick_precision(settings.precision, device)
+        checkpoint = newest_checkpoint(run) if settings.resume else None
+        self.lm, self.final_dtype = load_for_training(settings, self.precision, device, checkpoint)
+        self.parameters = trainable(self.lm.model)
+        embeddings = {id(self.lm.base.get_input_embeddings().weight)}
+        self.optimizer = make_optimizer(self.parameters, embeddings, settings)
+        self.stepper = Stepper(
+            self.lm, self.parameters, self.optimizer, self.precision, settings.clip, settings.seed
+        )
+        self.state = State(step=0, made_of=prepared.made_of)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self._drop_metrics_after(self.state.step)
+        self.val_examples = prepared.val.examples(range(len(prepared.val)))
+        environment = describe_environment(device, prepared.made_of) | {"counts": prepared.counts}
+        write_atomic(run.environment, json.dumps(environment, indent=1, ensure_ascii=False))
+        self._say_what_is_trained()
+
+    def loop(self, stop: threading.Event, advance: Advance) -> None:
+        """Update by update to the end of the plan."""
+        eval_every = self.settings.eval_every or max(1, math.ceil(self.total_steps / 10))
+        save_every = self.settings.save_every or eval_every
+        if self.state.step == 0:
+            self._validate()
+        window = Window()
+        self.lm.model.train()
+        while self.state.step < self.total_steps and not self._out_of_patience():
+            step = self.state.step
+            loss, lr, norm = self._update(step, window, stop)
+            if stop.is_set():
+                self._stop_here()
+            self.state = replace(self.state, step=step + 1, skipped=self.stepper.skipped)
+            done = self.state.step == self.total_steps
+            advance(1, f"loss {loss:.4f}")
+            if self.state.step % self.settings.log_every == 0 or done:
+                self._log(window, lr, norm)
+                window = Window()
+            better = False
+            if self.state.step % eval_every == 0 or done:
+                better = self._validate()
+            if self.state.step % save_every == 0 or better or done:
+                self.save()
+
+    def finish(self) -> None:
+        """Write `final/`: the last weights, or with `patience` the best ones."""
+        best = self.state.best_step
+        if self.settings.patience is not None and best is not None and best != self.state.step:
+            note(f"final/ holds the weights of step {best}, which had the best validation loss")
+            load_weights(self.lm.model, self.run.checkpoints / f"step-{best}")
+        aside = self.run.root / ".final.tmp"
+        try:
+            save_model(self.lm.model, self.prepared.renderer, aside, self.final_dtype)
+            put_in_place(aside, self.run.final)
+        except OSError as error:
+            raise InputError(f"{self.run.final}: cannot be saved ({error.strerror}); free some space and resume") from None
+        if self.stepper.skipped:
+            warn(f"{self.stepper.skipped} of {self.total_steps} steps were skipped because they were not finite")
+
+    def save(self) -> None:
+        """A checkpoint of this moment; older ones than `keep_last` go, never the best."""
+        tensors = optimizer_state(self.optimizer, self.parameters)
+        state = replace(self.state, scaler=self.stepper.scaler.state_dict())
+        save_checkpoint(self.run, self.lm.model, self.prepared.renderer, tensors, state)
+        prune(self.run, self.settings.keep_last, self.state.best_step)
+
+    def _update(self, step: int, window: Window, stop: threading.Event) -> tuple[float, float, float]:
+        """One optimizer step over the conversations of the plan; returns (loss, lr, gradient norm)."""
+        started = time.perf_counter()
+        examples = self.prepared.train.examples(self.prepared.plan.step(step))
+        rows = self.lm.rows(examples, self.settings.row_budget)
+        weight = total_weight(examples)
+        lr = learning_rate(step, self.total_steps, self.settings)
+        set_learning_rate(self.optimizer, lr)
+        nll = 0.0
+        for number, row in enumerate(rows):
+            nll += self.stepper.accumulate(row, (step, number), weight)
+            if stop.is_set():
+                self.stepper.discard()
+                return 0.0, lr, 0.0
+        loss = nll / weight if weight else 0.0
+        norm = self.stepper.update(loss, step + 1)
+        shared = sharing(examples, rows)
+        window.nll += nll
+        window.weight += weight
+        window.computed += shared.nodes
+        window.tokens += shared.tokens
+        window.seconds += time.perf_counter() - started
+        if self.settings.trace:
+            self._trace(step, examples, rows)
+        return loss, lr, norm
+
+    def _validate(self) -> bool:
+        """Validate and log; whether this is the best so far."""
+        if not self.val_examples:
+            return False
+        found: Validation = validate(self.lm, self.val_examples, self.settings.row_budget, self.precision)
+        row = {"kind": "val", "step": self.state.step, "loss": found.loss, "token_accuracy": found.token_accuracy}
+        append_jsonl(self.run.metrics, row | {"tokens": found.tokens})
+        note(
+            f"step {self.state.step}/{self.total_steps}: validation loss {found.loss:.4f}, "
+            f"token accuracy {found.token_accuracy:.1%}"
+        )
+        best = self.state.best_loss
+        better = best is None or found.loss < best
+        if better:
+            self.state = replace(self.state, best_loss=found.loss, best_step=self.state.step, bad_validations=0)
+        else:
+            self.state = replace(self.state, bad_validations=self.state.bad_validations + 1)
+        return better and self.state.step > 0
+
+    def _out_of_patience(self) -> bool:
+        patience = self.settings.patience
+        if patience is None or self.state.bad_validations < patience:
+            return False
+        note(f"stopping early: no better validation loss than {self.state.best_loss:.4f} for {patience} validations")
+        return True
+
+    def _log(self, window: Window, lr: float, norm: float) -> None:
+        row: dict[str, Any] = {
+            "kind": "train",
+            "step": self.state.step,
+            "epoch": round(self.prepared.plan.epoch_at(self.state.step), 4),
+            "loss": window.nll / window.weight if window.weight else 0.0,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens_computed": window.computed,
+            "tokens_trained": window.weight,
+            "sharing": round(window.tokens / window.computed, 4) if window.computed else 1.0,
+            "tokens_per_s": round(window.computed / window.seconds, 1) if window.seconds else 0.0,
+            "memory_gib": round(memory_gib(self.lm.device), 3),
+        }
+        if self.stepper.skipped:
+            row["skipped"] = self.stepper.skipped
+        # JSON has no NaN: a reader in another language must not choke on the one line that matters most.
+        append_jsonl(self.run.metrics, {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
+
+    def _trace(self, step: int, examples: Any, rows: Any) -> None:
+        ids = list(dict.fromkeys(example.conversation for example in examples))
+        shapes = [{"rank": 0, "nodes": len(row), "conversations": list(row.conversations)} for row in rows]
+        append_jsonl(self.run.trace, {"step": step + 1, "conversations": ids, "rows": shapes})
+
+    def _stop_here(self) -> None:
+        self.save()
+        raise Interrupted(
+            f"stopped after step {self.state.step} of {self.total_steps}; checkpoint saved. "
+            f"Continue with: graft train --resume {self.run.root}"
+        )
+
+    def _restore(self, checkpoint: Path) -> None:
+        state, tensors = load_state(checkpoint)
+        refuse_if_changed(checkpoint, state.made_of, self.prepared.made_of)
+        load_optimizer_state(self.optimizer, self.parameters, tensors)
+        self.state = state
+        self.stepper.skipped = state.skipped
+        if state.scaler:
+            self.stepper.scaler.load_state_dict(dict(state.scaler))
+        note(f"resuming after step {state.step} of {self.total_steps}")
+
+    def _drop_metrics_after(self, step: int) -> None:
+        """What was logged after the checkpoint will be logged again."""
+        for path in (self.run.metrics, self.run.trace):
+            if path.is_file():
+                rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+                kept = [row for row in rows if self.settings.resume and row["step"] <= step and (step > 0)]
+                write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+
+    def _say_what_is_trained(self) -> None:
+        trained = sum(p.numel() for p in self.parameters.values())
+        total = sum(p.numel() for p in self.lm.model.parameters())
+        how = "on token trees" if self.lm.on_trees else f"one example per row, since {self.lm.why_not}"
+        note(
+            f"{self.settings.method}: {trained:,} of {total:,} parameters, {self.precision.compute} on {self.lm.device}, "
+            f"{how}; {self.total_steps} steps"
+        )
+
+
+def load_for_training(
+    settings: Train, precision: Precision, device: torch.device, checkpoint: Path | None
+) -> tuple[TreeLM, torch.dtype]:
+    """The model on its device, with what is trained from a checkpoint, `init_from`, or afresh.
+
+    Also returns the number format of the final folder of a full fine-tuning: that of the model it began with.
+    """
+    start = checkpoint or (Path(settings.init_from) if settings.init_from else None)
+    if settings.method == "lora":
+        base = load_base(settings.model, precision.frozen, settings.trust_remote_code)
+        final_dtype = base.dtype
+        if settings.gradient_checkpointing:
+            base.enable_input_require_grads()  # the first layer's inputs need a gradient, or nothing is recomputed
+        model = load_adapter(base, start, trainable=True) if start else add_lora(base, settings.lora, settings.seed)
+    else:
+        model = load_base(str(start or settings.model), precision.trained, settings.trust_remote_code)
+        model.requires_grad_(True)
+        final_dtype = stored_dtype(settings.model)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.to(device)
+    return TreeLM(model, trees=settings.trees), final_dtype
+
+
+def stored_dtype(model: str) -> torch.dtype:
+    """The format that a model's config says its weights are stored in; fp32 where it does not say."""
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        return torch.float32
+    config = json.loads(path.read_text(encoding="utf-8"))
+    named = config.get("dtype") or config.get("torch_dtype")
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(named), torch.float32)

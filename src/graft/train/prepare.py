@@ -1,0 +1,136 @@
+"""Everything that can be done, and found wrong, before any weight is read: data, split, ids, plan."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from graft.config import Source, Train
+from graft.console import note, warn
+from graft.data.load import Loaded, load_sources, refuse_if_too_many, write_rejects
+from graft.data.split import Parts, split
+from graft.data.write import write_conversations
+from graft.errors import InputError
+from graft.model.load import vocabulary_size
+from graft.runs import RunFolder
+from graft.tokens.plan import Plan
+from graft.tokens.renderer import Renderer, load_renderer
+from graft.tokens.store import ExampleStore, encode_stored
+from graft.types import Conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a run trains on."""
+
+    renderer: Renderer
+    train: ExampleStore
+    val: ExampleStore
+    plan: Plan
+    made_of: dict[str, str]
+    """Hash or value of everything that decides the run's course; a resumed run must have the same."""
+    counts: dict[str, int]
+    """Rows read and kept, for the report."""
+
+
+def prepare(settings: Train, run: RunFolder) -> Prepared:
+    """Read, split and encode the data; writes the rejects and the held-out parts to the run folder.
+
+    Raises:
+        InputError: a file, the tokenizer or the template cannot serve, or nothing is left to train on.
+        DataRefused: too many rows were rejected.
+    """
+    renderer = load_renderer(
+        settings.model, settings.encode.template, settings.encode.date, trust_remote_code=settings.trust_remote_code
+    )
+    note(f"chat template: {renderer.template_name}")
+    vocabulary = vocabulary_size(settings.model, settings.trust_remote_code)
+    loaded = _load(settings.data)
+    parts, val, test = _parts(settings, loaded)
+    held_out = Parts(parts.train, val, test)
+    stores = [encode_stored(part, renderer, settings.encode) for part in (held_out.train, held_out.val)]
+    rejects = [*loaded.rejects, *(reject for store in stores for reject in store.rejects)]
+    write_rejects(run.rejects, rejects)
+    refuse_if_too_many(rejects, loaded.read, settings.max_rejected)
+    train, validation = stores
+    for text, count in train.notes.items():
+        note(f"{text} ({count} times)" if count != 1 else text)
+    if not len(train):
+        raise InputError(f"no conversation is left to train on of {loaded.read} read; see {run.rejects}")
+    _check_vocabulary(settings.model, train, vocabulary)
+    _write_held_out(run, held_out)
+    plan = Plan(_repeats(settings.data, held_out.train, train), settings.batch_size, settings.epochs, settings.seed,
+                settings.max_steps)
+    counts = {
+        "read": loaded.read,
+        "rejected": len(rejects),
+        "train": len(train),
+        "val": len(validation),
+        "test": len(test),
+    }
+    note(", ".join(f"{count} {name}" for name, count in counts.items()))
+    return Prepared(renderer, train, validation, plan, _made_of(settings, train, renderer, plan), counts)
+
+
+def _load(sources: Sequence[Source]) -> Loaded:
+    loaded = load_sources(sources)
+    for decision in loaded.decisions:
+        note(decision)
+    return loaded
+
+
+def _parts(settings: Train, loaded: Loaded) -> tuple[Parts, list[Conversation], list[Conversation]]:
+    """The training data's own parts, and the validation and test sets: from their files, or held out."""
+    parts = split(
+        loaded.conversations,
+        val=0.0 if settings.val else settings.split.val,
+        test=0.0 if settings.test else settings.split.test,
+    )
+    val = _load(settings.val).conversations if settings.val else parts.val
+    test = _load(settings.test).conversations if settings.test else parts.test
+    if not val:
+        warn("there is no validation data: overfitting will not be seen; give --val FILE or a larger split.val")
+    return parts, list(val), list(test)
+
+
+def _check_vocabulary(model: str, store: ExampleStore, vocabulary: int | None) -> None:
+    largest = int(store.ids.max()) if len(store.ids) else -1
+    if vocabulary is not None and largest >= vocabulary:
+        raise InputError(
+            f"{model}: its tokenizer makes id {largest}, but the model has only {vocabulary} embeddings (0 to "
+            f"{vocabulary - 1}); this tokenizer belongs to another model"
+        )
+
+
+def _write_held_out(run: RunFolder, parts: Parts) -> None:
+    for name, part in (("val", parts.val), ("test", parts.test)):
+        if part:
+            run.data.mkdir(parents=True, exist_ok=True)
+            write_conversations(run.data / f"{name}.jsonl", part)
+
+
+def _repeats(sources: Sequence[Source], conversations: Sequence[Conversation], store: ExampleStore) -> tuple[float, ...]:
+    weight = {source.path: source.weight for source in sources}
+    of_conversation = {conversation.id: weight[conversation.source] for conversation in conversations}
+    return tuple(of_conversation[name] for name in store.conversations)
+
+
+def _made_of(settings: Train, train: ExampleStore, renderer: Renderer, plan: Plan) -> dict[str, str]:
+    """What decides the course of a run. Settings that only decide what is watched or kept are left out."""
+    decides = settings.model_dump(
+        mode="json",
+        include={
+            "method", "lora", "init_from", "precision", "batch_size", "epochs", "max_steps", "seed", "lr", "schedule",
+            "warmup", "min_lr_ratio", "weight_decay", "beta1", "beta2", "eps", "clip",
+        },
+    )  # fmt: skip
+    repeats = hashlib.blake2b(repr(plan.repeats).encode(), digest_size=8).hexdigest()
+    return {
+        "model": str(Path(settings.model).resolve() if Path(settings.model).exists() else settings.model),
+        "encoded data": train.key,
+        "chat template and tokenizer": renderer.fingerprint(),
+        "source weights": repeats,
+        **{key: str(value) for key, value in decides.items()},
+    }

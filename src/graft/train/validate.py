@@ -1,0 +1,50 @@
+"""Validation: token-weighted loss and teacher-forced token accuracy over a whole set, in the rows of its trees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from graft.console import track
+from graft.model.attention import TreeRow
+from graft.model.device import Precision
+from graft.model.trees import TreeLM
+from graft.tokens.tree import total_weight
+from graft.train.loss import row_loss
+from graft.types import Example
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Sums over the set, divided once: the same for any row size, batch and number of ranks."""
+
+    loss: float
+    """Mean negative log-likelihood per target token, weighted."""
+    token_accuracy: float
+    """Share of target tokens with the largest logit when everything before them is given (not task accuracy)."""
+    tokens: float
+    """Sum of the weights of all targets: their number, where every weight is 1."""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+def validate(lm: TreeLM, examples: Sequence[Example], row_tokens: int, precision: Precision) -> Validation:
+    """Loss and token accuracy; (nan, nan, 0) for a set without targets. No logits are kept."""
+    nll = correct = 0.0
+    training = lm.model.training
+    lm.model.eval()
+    with torch.inference_mode(), precision.autocast(lm.device):
+        for row in track(lm.rows(examples, row_tokens), "validating"):
+            summed = row_loss(lm, TreeRow.of(row, lm.device))
+            nll += float(summed.nll)
+            correct += float(summed.correct)
+    lm.model.train(training)
+    weight = total_weight(examples)
+    if weight == 0:
+        return Validation(math.nan, math.nan, 0.0)
+    return Validation(nll / weight, correct / weight, weight)

@@ -1,0 +1,93 @@
+"""Settings: typed, overridable, and no typo passes silently."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from graft.config import Train, load_train
+from graft.errors import ConfigError
+
+
+def recipe(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_defaults_are_those_of_the_field():
+    settings = load_train(None, ["model=m", "data=d.jsonl"])
+    assert (settings.lora.r, settings.lora.alpha, settings.lora.dropout) == (16, 32, 0)
+    assert settings.lora.target_modules == "all-linear"
+    assert (settings.peak_lr, settings.schedule, settings.warmup) == (2e-4, "cosine", 0.05)
+    assert (settings.batch_size, settings.encode.max_length, settings.epochs) == (16, 2048, 3)
+    assert (settings.clip, settings.seed) == (1.0, 0)
+    assert load_train(None, ["model=m", "data=d", "method=full"]).peak_lr == 2e-5
+
+
+def test_flags_win_over_overrides_and_those_over_the_recipe(tmp_path):
+    path = recipe(tmp_path, "model: a\ndata: d.jsonl\nlr: 1e-3\nseed: 4\nlora: {r: 8}\n")
+    settings = load_train(path, ["lora.alpha=64", "lr=2e-3"], {"lr": 3e-3, "model": None})
+    assert (settings.lr, settings.seed, settings.lora.r, settings.lora.alpha, settings.model) == (3e-3, 4, 8, 64, "a")
+
+
+def test_data_in_every_form():
+    for text in ("data=a.jsonl", "data=[a.jsonl]", "data={path: a.jsonl}"):
+        assert load_train(None, ["model=m", text]).data[0].path == "a.jsonl"
+    two = load_train(None, ["model=m", "data=[a.jsonl, {path: b.csv, weight: 0.5, format: alpaca}]"]).data
+    assert (two[1].weight, two[1].format) == (0.5, "alpaca")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("lora: {rank: 8}", "unknown setting `lora.rank`; did you mean `lora.r`?"),
+        ("batchsize: 3", "unknown setting `batchsize`; did you mean `batch_size`?"),
+        ("max_length: 512", "unknown setting `max_length`; did you mean `encode.max_length`?"),
+        ("epochs: many", "`epochs` = 'many'"),
+        ("lora: 7", "`lora` = 7"),
+        ("split: {val: 0.7, test: 0.6}", "val 0.7 + test 0.6 leave nothing to train on"),
+        ("row_tokens: 64", "row_tokens 64 is less than encode.max_length 2048"),
+    ],
+)
+def test_a_mistake_names_its_line_and_the_remedy(tmp_path, line, said):
+    path = recipe(tmp_path, f"model: m\n# comment\ndata: d.jsonl\n{line}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_train(path)
+    assert said in str(caught.value)
+    if "row_tokens" not in line:
+        assert f"{path}:4" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "just words"])
+def test_a_broken_recipe_is_one_line(tmp_path, text):
+    with pytest.raises(ConfigError, match="recipe"):
+        load_train(recipe(tmp_path, text))
+
+
+def test_a_missing_recipe_and_a_bad_override():
+    with pytest.raises(ConfigError, match="nowhere.yaml: cannot be read"):
+        load_train(Path("nowhere.yaml"))
+    with pytest.raises(ConfigError, match="key=value"):
+        load_train(None, ["novalue"])
+    with pytest.raises(ConfigError, match="`model` is needed"):
+        load_train(None, ["data=x"])
+
+
+def test_the_schema_is_json_and_says_what_settings_mean():
+    schema = json.dumps(Train.model_json_schema())
+    assert "Conversations per optimizer step" in schema
+
+
+def test_settings_need_no_torch_and_help_is_fast():
+    code = "import graft.cli.main, sys; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "graft", "--help"], check=True, capture_output=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 2, "not the target (0.4 s on an idle machine), but a heavy import at start-up would show"
