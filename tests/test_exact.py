@@ -148,7 +148,7 @@ def test_the_checker_sees_a_wrong_mask():
 
 
 def test_the_probe_refuses_a_model_that_loses_the_row_or_the_window():
-    model = make_model(ON_TREES["mistral-window"])
+    model = make_model(ON_TREES["gemma2-window-softcap"])
     for layer in model.model.layers:
         layer.self_attn.sliding_window = None  # the window now stands in the mask alone
     lm = TreeLM(model)

@@ -98,3 +98,63 @@ def branching_examples(seed: int = 1) -> list[Example]:
         weight[len(prompt) :] = rng.random(len(answer)) + 0.5  # unequal weights
         examples.append(Example(str(number), 0, ids, weight, len(prompt)))
     return [*examples, Example("copy", 0, examples[0].ids, examples[0].weights, examples[0].prompt_len)]
+
+
+TEXTS = [
+    "What is the capital of Arvenia? The capital of Arvenia is Tolen.",
+    "孩子不肯按时吃饭,怎么办? 先陪他一起准备食物。",
+    "How many legs has a spider? A spider has eight legs.",
+    "system user assistant tool 0 1 2 3 4 5 6 7 8 9 + - =",
+]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(chat_template: str | None = CHATML):
+    """A byte-level BPE tokenizer trained on a few sentences, with chatml's control tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def make_model_folder(folder, config_class=LlamaConfig, **changes):
+    """A model folder as transformers saves it: tiny random weights and a tokenizer that fits."""
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder)
+    config = config_class(**(GROUPED | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id} | changes))
+    make_model(config).save_pretrained(folder)
+    return folder
+
+
+def make_conversations(count: int = 40) -> list[dict]:
+    """Rows in the messages format: one- and two-turn, English and Chinese, all different."""
+    rows = []
+    for n in range(count):
+        messages = [
+            {"role": "user", "content": f"What is {n} + 1?" if n % 2 else f"{n} 加 1 等于几?"},
+            {"role": "assistant", "content": f"{n + 1}"},
+        ]
+        if n % 3 == 0:
+            messages += [{"role": "user", "content": "and 2 more?"}, {"role": "assistant", "content": f"{n + 3}."}]
+        rows.append({"id": f"row-{n}", "messages": messages})
+    return rows
+
+
+def write_rows(path, rows) -> str:
+    import json
+
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)

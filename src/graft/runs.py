@@ -69,8 +69,12 @@ class RunFolder:
         return self.root / "report.html"
 
     def exists(self) -> bool:
-        """Whether a run was started here (its settings were written)."""
+        """Whether this is a run folder: its settings are there."""
         return self.config.is_file()
+
+    def begun(self) -> bool:
+        """Whether a run has logged or saved something here."""
+        return self.metrics.is_file() or any(self.checkpoints.glob("step-*"))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The logged objects in order; a line torn by a crash is left out."""

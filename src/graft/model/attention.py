@@ -52,6 +52,8 @@ class TreeRow:
     """Sliding windows that the attention function was asked for, in tokens."""
     calls: int = 0
     """How often the attention function was reached."""
+    scores: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
+    """What is added to scores, by shape: made in the first layer, used in all."""
 
     @classmethod
     def of(cls, row: Row, device: torch.device) -> TreeRow:
@@ -94,25 +96,21 @@ class Shape:
         return self.softcap is None and self.sinks is None
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, shape: Shape, causal: bool, mask: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, shape: Shape, causal: bool, added: Tensor | None) -> Tensor:
     """[B, H, n, D] attention of queries [B, H, n, D] to keys and values [B, K, m, D].
 
-    `mask` is [n, m], true where a key is seen; without one every key is, or with `causal` (n = m) those not later.
-    `bias` is added to the scores, [H, 1 or n, m].
+    `added` is added to the scores, [H or 1, n, m] with -inf where a key is not seen; without it every key is seen, or
+    with `causal` (n = m) those that are not later.
     """
-    if causal and (bias is not None or not shape.plain):
-        causal, mask = False, causal_mask(query.shape[2], key.shape[2], None, query.device)
-    if bias is not None:
-        mask = bias.to(query.dtype)[None] if mask is None else bias.to(query.dtype).masked_fill(~mask, -torch.inf)[None]
     if not shape.plain:
-        return _attend_written_out(query, key, value, mask, shape)
+        if causal:
+            added = added_to_scores(query.shape[2], key.shape[2], shape, query)
+        return _attend_written_out(query, key, value, shape, added)
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=mask,
+        attn_mask=None if added is None else added[None],
         is_causal=causal,
         dropout_p=shape.dropout,
         scale=shape.scaling,
@@ -120,7 +118,7 @@ def attend(
     )
 
 
-def _attend_written_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, shape: Shape) -> Tensor:
+def _attend_written_out(query: Tensor, key: Tensor, value: Tensor, shape: Shape, added: Tensor | None) -> Tensor:
     """Attention with soft-capped scores or sinks, which no fused kernel of torch computes."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -128,8 +126,8 @@ def _attend_written_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
     scores = query @ key.transpose(-1, -2) * scaling
     if shape.softcap is not None:
         scores = shape.softcap * torch.tanh(scores / shape.softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if added is not None:
+        scores = scores + added
     if shape.sinks is not None:
         sinks = shape.sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1).to(scores.dtype)
         scores = torch.cat([scores, sinks], dim=-1)
@@ -139,12 +137,18 @@ def _attend_written_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
     return F.dropout(shares, shape.dropout) @ value
 
 
-def causal_mask(n: int, m: int, window: int | None, device: torch.device) -> Tensor:
-    """[n, m] for n queries at the end of a path of m keys: true where the key is not later and within the window."""
-    depth_of_query = torch.arange(m - n, m, device=device)[:, None]
-    depth_of_key = torch.arange(m, device=device)[None, :]
-    seen = depth_of_key <= depth_of_query
-    return seen if window is None else seen & (depth_of_query - depth_of_key < window)
+def added_to_scores(n: int, m: int, shape: Shape, like: Tensor, first: int = 0) -> Tensor:
+    """[H or 1, n, m] for n queries at the end of a path of m keys, the first of which is at depth `first`.
+
+    -inf where a key is later than the query or outside the window, else 0, or the ALiBi bias.
+    """
+    query, key = (torch.arange(start, m, device=like.device) for start in (m - n, 0))
+    distance = query[:, None] - key[None, :]
+    unseen = distance < 0 if shape.window is None else (distance < 0) | (distance >= shape.window)
+    if shape.slopes is None:
+        return torch.zeros(1, n, m, dtype=like.dtype, device=like.device).masked_fill_(unseen, -torch.inf)
+    bias = shape.slopes[:, None, None].to(like.device) * (key + first)
+    return bias.expand(-1, n, -1).to(like.dtype).masked_fill(unseen, -torch.inf)
 
 
 def segment_attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow, shape: Shape) -> Tensor:
@@ -155,26 +159,29 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow, 
     """
     cut = tree.segments
     queries, keys, values = (tensor.split(cut.sizes, dim=2) for tensor in (query, key, value))
-    masks: dict[tuple[int, int], Tensor] = {}
     done: list[Tensor] = []
     for index, (size, offset) in enumerate(zip(cut.sizes, cut.offsets, strict=True)):
         path, first = _path_in_window(cut, index, shape.window)
-        k = torch.cat([keys[run] for run in path], dim=2) if len(path) > 1 else keys[index]
-        v = torch.cat([values[run] for run in path], dim=2) if len(path) > 1 else values[index]
+        q, k, v = queries[index], _joined(keys, path), _joined(values, path)
         seen = k.shape[2]
-        within = shape.window is None or seen <= shape.window
-        causal = within and seen == size > 1
-        mask = None
-        if not causal and not (within and size == 1):  # a single query sees its whole path
-            if (size, seen) not in masks:
-                masks[size, seen] = causal_mask(size, seen, shape.window, query.device)
-            mask = masks[size, seen]
-        bias = None
-        if shape.slopes is not None:
-            depth_of_key = torch.arange(first, offset + size, device=query.device, dtype=torch.float32)
-            bias = shape.slopes[:, None, None] * depth_of_key
-        done.append(attend(queries[index], k, v, shape, causal, mask, bias))
+        masked = shape.slopes is not None or (shape.window is not None and seen > shape.window)
+        causal = not masked and size > 1 and (seen == size or offset < size)
+        if causal and seen > size:
+            # The ancestors' queries go along and their results are dropped: the causal kernel leaves out half of the
+            # scores, which a mask does not, and that outweighs a short prefix.
+            q = _joined(queries, path)
+        added = None
+        if masked or (not causal and size > 1):  # one query sees its whole path
+            form = (size, seen, first, shape.window, shape.slopes is not None, q.dtype)
+            if form not in tree.scores:
+                tree.scores[form] = added_to_scores(size, seen, shape, q, first)
+            added = tree.scores[form]
+        done.append(attend(q, k, v, shape, causal, added)[:, :, -size:])
     return torch.cat(done, dim=2)
+
+
+def _joined(runs: Sequence[Tensor], path: Sequence[int]) -> Tensor:
+    return runs[path[0]] if len(path) == 1 else torch.cat([runs[run] for run in path], dim=2)
 
 
 def _path_in_window(cut: Segments, index: int, window: int | None) -> tuple[Sequence[int], int]:
@@ -190,12 +197,13 @@ def _path_in_window(cut: Segments, index: int, window: int | None) -> tuple[Sequ
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow, shape: Shape) -> Tensor:
     """[1, H, N, D] with the N x N mask written out: the definition, for tests."""
-    mask = torch.as_tensor(visible(tree.row), device=query.device)
+    seen = torch.as_tensor(visible(tree.row), device=query.device)
     depth = tree.depth[0]
     if shape.window is not None:
-        mask &= depth[:, None] - depth[None, :] < shape.window
-    bias = None if shape.slopes is None else shape.slopes[:, None, None] * depth.float()
-    return attend(query, key, value, shape, False, mask, bias)
+        seen &= depth[:, None] - depth[None, :] < shape.window
+    bias = torch.zeros(1, 1, 1) if shape.slopes is None else shape.slopes[:, None, None].cpu() * depth.float().cpu()
+    added = bias.to(query).expand(-1, len(depth), len(depth)).masked_fill(~seen, -torch.inf)
+    return attend(query, key, value, shape, False, added)
 
 
 BACKENDS = {SEGMENTS: segment_attention, DENSE: dense_attention}

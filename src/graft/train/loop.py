@@ -71,7 +71,7 @@ def open_run(settings: Train) -> tuple[Train, RunFolder]:
     """
     name = f"{Path(settings.model).name}-{Path(settings.data[0].path).stem}"
     run = new_run_folder(settings.out, name)
-    if run.exists() and not settings.resume:
+    if run.begun() and not settings.resume:
         raise InputError(f"{run.root}: holds a run already; continue it with resume=true, or choose another out=DIR")
     if settings.resume and not run.exists():
         raise InputError(f"{run.root}: there is no run to resume; start it without resume=true")

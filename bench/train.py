@@ -1,0 +1,281 @@
+"""One LoRA training step against TRL's SFTTrainer: same model, data, order, schedule and initial adapter.
+
+    python bench/train.py                 # both cases, 30 steps each, about ten minutes on two cores
+    python bench/train.py --case plain --steps 30 --out bench/results/train.json
+
+The two trainers alternate step by step inside one process, so that a machine that slows down slows both; the ratio of
+their medians is what counts. What is given to the peer:
+
+- its micro-batch size and loss type are the fastest of those tried on this machine, in this run (`calibration`);
+- each step's conversations are sorted by length for it, so that its micro-batches hold little padding;
+- gradient checkpointing off, fused AdamW, fp32, the same LoRA (r 16, all linear layers).
+
+tokens/s counts the data's tokens (each conversation's own length, prompt and answer, no padding, whether shared or
+not) over the time of a whole optimizer step, for both alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from datasets import Dataset
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from graft.config import load_train
+from graft.model.adapters import add_lora, trainable
+from graft.model.device import pick_precision
+from graft.model.load import load_base
+from graft.model.trees import TreeLM
+from graft.tokens.tree import sharing, total_weight
+from graft.train.optim import make_optimizer, set_learning_rate
+from graft.train.prepare import Prepared, prepare
+from graft.train.schedule import learning_rate
+from graft.train.step import Stepper
+from graft.train.validate import validate
+from graft.runs import RunFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+MATERIAL = ROOT.parent / "shared" / "material"
+RULES = (
+    "你是一位耐心的家庭教育顾问。回答之前先想一想孩子的年龄、家庭的情况和父母真正担心的事情。"
+    "先用一句话说出父母的感受,再给出两到三个今天就能做的办法,每个办法都要说清楚怎么做、为什么这样做。"
+    "不要责备父母,也不要给孩子贴标签;遇到可能伤害孩子身心健康的情况,要建议父母寻求专业帮助。"
+    "用平实的语言,不用术语;答案不超过三百字。"
+)
+
+
+@dataclass
+class Timed:
+    """Steps of one trainer."""
+
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    def tokens_per_s(self, skip: int) -> dict[str, float]:
+        rates = [n / s for n, s in zip(self.tokens[skip:], self.seconds[skip:], strict=True)]
+        return {"median": statistics.median(rates), "min": min(rates), "max": max(rates), "steps": len(rates)}
+
+
+def make_model_folder(folder: Path) -> None:
+    """About 41 M parameters, Qwen2-shaped, random, with a real bilingual tokenizer and its chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(MATERIAL / "tokenizers" / "minimind-v3")
+    tokenizer.save_pretrained(folder)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=4096, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+
+
+def make_data(case: str, folder: Path, tokenizer: Any) -> Path:
+    """The real rows of domain-bloom as chat messages; `system400` puts one 400-token system prompt before each."""
+    source = MATERIAL / "data" / "domain-bloom" / "domain.train.json"
+    system = RULES
+    while len(tokenizer(system)["input_ids"]) < 400:
+        system += RULES
+    ids = tokenizer(system)["input_ids"][:400]
+    path = folder / f"{case}.jsonl"
+    with path.open("w", encoding="utf-8") as out:
+        for line in source.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            first = [{"role": "system", "content": tokenizer.decode(ids)}] if case == "system400" else []
+            turns = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
+            out.write(json.dumps({"messages": first + turns}, ensure_ascii=False) + "\n")
+    return path
+
+
+class GraftSide:
+    """Graft's own step, taken apart only so far that it can be timed alone."""
+
+    def __init__(self, settings: Any, prepared: Prepared) -> None:
+        self.settings, self.prepared = settings, prepared
+        precision = pick_precision("fp32", torch.device("cpu"))
+        model = add_lora(load_base(settings.model, torch.float32), settings.lora, settings.seed)
+        self.start = {name: t.clone() for name, t in get_peft_model_state_dict(model).items()}
+        self.lm, self.precision = TreeLM(model), precision
+        self.parameters = trainable(model)
+        self.optimizer = make_optimizer(self.parameters, set(), settings)
+        self.stepper = Stepper(self.lm, self.parameters, self.optimizer, precision, settings.clip, settings.seed)
+        self.timed, self.sharing, self.losses = Timed(), [], []
+        model.train()
+
+    def step(self, number: int, total: int) -> None:
+        started = time.perf_counter()
+        examples = self.prepared.train.examples(self.prepared.plan.step(number))
+        rows = self.lm.rows(examples, self.settings.row_budget)
+        weight = total_weight(examples)
+        set_learning_rate(self.optimizer, learning_rate(number, total, self.settings))
+        nll = sum(self.stepper.accumulate(row, (number, index), weight) for index, row in enumerate(rows))
+        self.stepper.update(nll / weight, number + 1)
+        self.timed.seconds.append(time.perf_counter() - started)
+        self.timed.tokens.append(sum(len(example.ids) for example in examples))
+        self.losses.append(nll / weight)
+        self.sharing.append(sharing(examples, rows).ratio)
+
+    def validation_loss(self) -> float:
+        examples = self.prepared.val.examples(range(len(self.prepared.val)))
+        return validate(self.lm, examples, self.settings.row_budget, self.precision).loss
+
+
+class Alternate(TrainerCallback):
+    """Times the peer's steps and runs the other side between them."""
+
+    def __init__(self, tokens_of_step: list[int], between: Any) -> None:
+        self.timed, self.tokens_of_step, self.between, self.started = Timed(), tokens_of_step, between, 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.timed.seconds.append(time.perf_counter() - self.started)
+        self.timed.tokens.append(self.tokens_of_step[state.global_step - 1])
+        self.between(state.global_step - 1)
+
+
+def peer_rows(conversations: dict[str, Any], prepared: Prepared, steps: int) -> tuple[list[dict[str, Any]], list[int]]:
+    """The plan's conversations step by step, sorted by length within each step; and each step's tokens."""
+    rows, tokens = [], []
+    for number in range(steps):
+        chosen = [(prepared.train.examples_of(int(c))[0], int(c)) for c in prepared.plan.step(number)]
+        chosen.sort(key=lambda pair: len(pair[0].ids))
+        tokens.append(sum(len(example.ids) for example, _ in chosen))
+        for _, c in chosen:
+            messages = conversations[prepared.train.conversations[c]]["messages"]
+            rows.append({"prompt": messages[:-1], "completion": messages[-1:]})
+    return rows, tokens
+
+
+def run_peer(
+    folder: str, lora: Any, start: dict[str, Any] | None, rows: list[dict[str, Any]], tokens: list[int], settings: Any,
+    micro: int, loss_type: str, between: Any, out: str,
+) -> tuple[Any, Timed]:
+    """TRL's own trainer over the rows in their order."""
+    model = add_lora(load_base(folder, torch.float32), lora, 0)
+    if start is not None:
+        set_peft_model_state_dict(model, start)
+    per_step = settings.batch_size
+    config = SFTConfig(
+        output_dir=out, use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, report_to="none",
+        per_device_train_batch_size=micro, gradient_accumulation_steps=per_step // micro, max_steps=len(tokens),
+        learning_rate=settings.peak_lr, lr_scheduler_type=settings.schedule, warmup_steps=round(settings.warmup * len(tokens)),
+        max_grad_norm=settings.clip, weight_decay=0.0, max_length=settings.encode.max_length, packing=False,
+        completion_only_loss=True, loss_type=loss_type, train_sampling_strategy="sequential", save_strategy="no",
+        logging_steps=1, disable_tqdm=True, dataset_num_proc=None, optim="adamw_torch_fused", seed=0,
+    )  # fmt: skip
+    callback = Alternate(tokens, between)
+    trainer = SFTTrainer(
+        model=model, args=config, train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(folder), callbacks=[callback],
+    )  # fmt: skip
+    trainer.train()
+    return trainer.model, callback.timed
+
+
+def calibrate(folder: str, lora: Any, rows: Any, tokens: Any, settings: Any) -> dict[str, float]:
+    """Median seconds of the peer's step for each way it can be run, over a few steps each."""
+    found = {}
+    few = 4
+    for micro, loss_type in ((16, "nll"), (4, "nll"), (4, "chunked_nll"), (2, "nll"), (1, "nll")):
+        with tempfile.TemporaryDirectory() as out:
+            _, timed = run_peer(
+                folder, lora, None, rows[: few * settings.batch_size], tokens[:few], settings, micro, loss_type,
+                lambda _step: None, out,
+            )  # fmt: skip
+        found[f"{micro} x {settings.batch_size // micro}, {loss_type}"] = statistics.median(timed.seconds[1:])
+    return found
+
+
+def compare(case: str, steps: int, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "model"
+        make_model_folder(folder)
+        data = make_data(case, Path(work), AutoTokenizer.from_pretrained(folder))
+        settings = load_train(
+            None, [f"model={folder}", f"data={data}", "encode.max_length=1024", "row_tokens=8192", f"max_steps={steps}"]
+        )
+        prepared = prepare(settings, RunFolder(Path(work)))
+        conversations = {f"{case}:{n}": json.loads(line) for n, line in enumerate(data.read_text().splitlines(), 1)}
+        # Steps of exactly batch_size, so that the peer's accumulation divides them.
+        prepared = fixed_steps(prepared, settings.batch_size, steps)
+        rows, tokens = peer_rows(conversations, prepared, steps)
+        calibration = calibrate(str(folder), settings.lora, rows, tokens, settings)
+        best = min(calibration, key=lambda name: calibration[name])
+        micro, loss_type = int(best.split(" ")[0]), best.rsplit(" ", 1)[1]
+        graft = GraftSide(settings, prepared)
+        before = graft.validation_loss()
+        peer_model, peer = run_peer(
+            str(folder), settings.lora, graft.start, rows, tokens, settings, micro, loss_type,
+            lambda step: graft.step(step, steps), str(Path(work) / "peer"),
+        )  # fmt: skip
+        after = graft.validation_loss()
+        peer_lm = TreeLM(peer_model)
+        val = prepared.val.examples(range(len(prepared.val)))
+        peer_after = validate(peer_lm, val, settings.row_budget, graft.precision).loss
+        ours, theirs = graft.timed.tokens_per_s(2), peer.tokens_per_s(2)
+        return {
+            "case": case, "steps": steps, "batch_size": settings.batch_size,
+            "parameters": sum(p.numel() for p in graft.lm.base.parameters()),
+            "graft_tokens_per_s": ours, "trl_tokens_per_s": theirs, "ratio": ours["median"] / theirs["median"],
+            "sharing": statistics.mean(graft.sharing), "trl_setting": best, "calibration_s_per_step": calibration,
+            "validation_loss_before": before, "graft_validation_loss": after, "trl_validation_loss": peer_after,
+            "validation_difference": abs(after - peer_after) / peer_after,
+        }  # fmt: skip
+
+
+def fixed_steps(prepared: Prepared, size: int, steps: int) -> Prepared:
+    """The same plan with every step of exactly `size` conversations."""
+    import dataclasses
+
+    whole = len(prepared.train) // size * size
+    plan = dataclasses.replace(prepared.plan, repeats=(1.0,) * whole, max_steps=steps)
+    return dataclasses.replace(prepared, plan=plan)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=["plain", "system400"], action="append")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "train.json")
+    args = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False).stdout
+    result = {
+        "what": "one LoRA optimizer step, graft against TRL's SFTTrainer, interleaved",
+        "device": f"CPU, {args.threads} threads, {platform.processor() or platform.machine()}",
+        "commit": commit.strip(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
+        "cases": [compare(case, args.steps, args.threads) for case in args.case or ["plain", "system400"]],
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    for case in result["cases"]:
+        print(
+            f"{case['case']}: graft {case['graft_tokens_per_s']['median']:.0f} tokens/s, TRL "
+            f"{case['trl_tokens_per_s']['median']:.0f} ({case['trl_setting']}): {case['ratio']:.2f}x; validation loss "
+            f"{case['graft_validation_loss']:.4f} against {case['trl_validation_loss']:.4f} "
+            f"({case['validation_difference']:.2%} apart)"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,336 @@
+"""Runs: they learn, save what other programs load, and continue exactly where they were."""
+
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import make_conversations, make_model_folder, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
+
+from graft.config import Train, load_train
+from graft.errors import DataRefused, Diverged, InputError, Interrupted
+from graft.runs import RunFolder
+from graft.train import checkpoint as checkpoint_module
+from graft.train import loop
+from graft.train.loop import train
+from graft.train.schedule import learning_rate
+from graft.train.step import Stepper
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+def settings_for(base: Path, tmp_path: Path, *overrides: str, out: str = "run") -> Train:
+    data = tmp_path / "data.jsonl"
+    if not data.exists():
+        write_rows(data, make_conversations())
+    common = [
+        f"model={base}", f"data={data}", f"out={tmp_path / out}", "batch_size=8", "epochs=2", "lr=5e-3", "split.val=0.2",
+        "encode.max_length=128", "lora.dropout=0.1", "eval_every=3",
+    ]  # fmt: skip
+    return load_train(None, [*common, *overrides])
+
+
+def losses(run: RunFolder) -> list[tuple[int, float, float, float]]:
+    return [(r["step"], r["loss"], r["lr"], r["grad_norm"]) for r in run.read_metrics() if r["kind"] == "train"]
+
+
+def final_weights(run: RunFolder) -> dict[str, torch.Tensor]:
+    (file,) = run.final.glob("*model.safetensors")
+    return load_file(file)
+
+
+def assert_same_run(one: RunFolder, other: RunFolder) -> None:
+    assert losses(one) == losses(other)
+    assert len(losses(one)) > 3
+    weights, others = final_weights(one), final_weights(other)
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def logits_of(folder: Path, base: Path) -> torch.Tensor:
+    """Logits by plain transformers and PEFT."""
+    model = AutoModelForCausalLM.from_pretrained(base if (folder / "adapter_config.json").exists() else folder)
+    if (folder / "adapter_config.json").exists():
+        model = PeftModel.from_pretrained(model, folder)
+    with torch.no_grad():
+        return model.eval()(torch.arange(3, 40)[None]).logits
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_learns_and_its_folder_is_complete(base, tmp_path, method):
+    run = train(settings_for(base, tmp_path, f"method={method}", "trace=true", "epochs=4"))
+    rows = run.read_metrics()
+    validations = [row for row in rows if row["kind"] == "val"]
+    assert [row["step"] for row in validations] == [0, 3, 6, 9, 12, 15, 16]
+    assert validations[-1]["loss"] < 0.9 * validations[0]["loss"]
+    assert 0 < validations[-1]["token_accuracy"] <= 1
+    assert validations[0]["tokens"] == validations[-1]["tokens"] > 0
+    steps = [row for row in rows if row["kind"] == "train"]
+    assert [row["step"] for row in steps] == list(range(1, 17))
+    assert all(row["sharing"] > 1.2 for row in steps), "the turns of a conversation share their prefix"
+    assert all(row["tokens_trained"] > 0 and row["tokens_per_s"] > 0 and row["memory_gib"] > 0 for row in steps)
+    for name in ("config.yaml", "environment.json", "rejects.jsonl", "trace.jsonl", "data/val.jsonl"):
+        assert (run.root / name).is_file(), name
+    config = yaml.safe_load(run.config.read_text())
+    assert config["encode"]["date"]
+    assert config["lr"] == 5e-3
+    trace = [json.loads(line) for line in run.trace.read_text().splitlines()]
+    of_epoch = [name for line in trace[:4] for name in line["conversations"]]
+    assert len(of_epoch) == len(set(of_epoch)), "each conversation once per epoch"
+    assert len([*run.checkpoints.iterdir()]) <= 3, "two newest and the best"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_final_loads_elsewhere_with_the_live_models_logits(base, tmp_path, method, monkeypatch):
+    live = {}
+    finish = loop.Fit.finish
+
+    def look(fit):
+        finish(fit)
+        fit.lm.base.set_attn_implementation("sdpa")
+        fit.lm.model.eval()
+        with torch.no_grad():
+            live["logits"] = fit.lm.model(torch.arange(3, 40)[None]).logits
+
+    monkeypatch.setattr(loop.Fit, "finish", look)
+    run = train(settings_for(base, tmp_path, f"method={method}"))
+    found = logits_of(run.final, base)
+    assert (found - live["logits"]).abs().max() < 1e-5
+    assert (found - logits_of(base, base)).abs().max() > 1e-3, "the tuned model must differ from the base"
+    tokenizer = AutoTokenizer.from_pretrained(run.final)
+    assert tokenizer.chat_template
+    generation = json.loads((run.final / "generation_config.json").read_text())
+    assert tokenizer.eos_token_id in [generation["eos_token_id"], *[generation["eos_token_id"]]]
+    newest = max(run.checkpoints.iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    assert torch.equal(logits_of(newest, base), found), "a checkpoint is a model folder too"
+
+
+def test_row_budget_and_trees_do_not_change_the_run(base, tmp_path):
+    whole = train(settings_for(base, tmp_path, "lora.dropout=0", out="whole"))
+    small = train(settings_for(base, tmp_path, "lora.dropout=0", "row_tokens=128", out="small"))
+    alone = train(settings_for(base, tmp_path, "lora.dropout=0", "trees=false", out="alone"))
+    for other in (small, alone):
+        for (_, loss, lr, _), (_, wanted, wanted_lr, _) in zip(losses(other), losses(whole), strict=True):
+            assert loss == pytest.approx(wanted, abs=2e-5)
+            assert lr == wanted_lr
+    assert alone.read_metrics()[1]["sharing"] == 1
+    assert whole.read_metrics()[1]["sharing"] > 1.2
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("at_row", [1, 9])
+def test_an_interrupted_run_continues_to_the_same_bits(base, tmp_path, monkeypatch, method, at_row):
+    options = (f"method={method}", "row_tokens=128", "eval_every=2")
+    unbroken = train(settings_for(base, tmp_path, *options, out="unbroken"))
+    accumulate, count = Stepper.accumulate, []
+
+    def interrupt(stepper, *args):
+        count.append(1)
+        if len(count) == at_row:
+            os.kill(os.getpid(), signal.SIGINT)
+        return accumulate(stepper, *args)
+
+    monkeypatch.setattr(Stepper, "accumulate", interrupt)
+    with pytest.raises(Interrupted, match="graft train --resume"):
+        train(settings_for(base, tmp_path, *options, out="broken"))
+    monkeypatch.setattr(Stepper, "accumulate", accumulate)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the handlers are given back"
+    resumed = train(settings_for(base, tmp_path, *options, "resume=true", out="broken"))
+    assert_same_run(unbroken, resumed)
+
+
+def test_a_killed_run_continues_to_the_same_bits(base, tmp_path):
+    """SIGKILL at an arbitrary moment; the metrics that were written after the checkpoint are written again."""
+    options = ("epochs=6", "save_every=2", "eval_every=50", "batch_size=4")
+    unbroken = train(settings_for(base, tmp_path, *options, out="unbroken"))
+    settings = settings_for(base, tmp_path, *options, out="killed")
+    code = (
+        "import json, sys; from graft.config import Train; from graft.train.loop import train\n"
+        "train(Train.model_validate_json(sys.argv[1]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, settings.model_dump_json()], stderr=subprocess.DEVNULL)
+    run = RunFolder(tmp_path / "killed")
+    deadline = time.time() + 120
+    while len(run.read_metrics()) < 6 and time.time() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    assert process.poll() is None, "the run must still be going when it is killed"
+    process.kill()
+    process.wait()
+    resumed = train(settings.model_copy(update={"resume": True}))
+    assert_same_run(unbroken, resumed)
+
+
+def test_a_damaged_checkpoint_is_passed_over(base, tmp_path):
+    run = train(settings_for(base, tmp_path, "save_every=1", "keep_last=3"))
+    unbroken = final_weights(run)
+    newest = checkpoint_module.newest_checkpoint(run)
+    assert newest is not None
+    file = newest / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    older = checkpoint_module.newest_checkpoint(run)
+    assert older is not None
+    assert checkpoint_module.step_of(older) == checkpoint_module.step_of(newest) - 1
+    again = train(settings_for(base, tmp_path, "save_every=1", "keep_last=3", "resume=true"))
+    assert all(torch.equal(final_weights(again)[name], value) for name, value in unbroken.items())
+
+
+def test_a_full_disk_loses_nothing(base, tmp_path, monkeypatch):
+    save_file, calls = checkpoint_module.save_file, []
+
+    def full(tensors, path):
+        calls.append(1)
+        if len(calls) == 3:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint_module, "save_file", full)
+    with pytest.raises(InputError, match=r"step-6: cannot be saved \(No space left on device.*step-4 is complete") as caught:
+        train(settings_for(base, tmp_path, "save_every=2", "eval_every=50"))
+    assert "resume=true" in str(caught.value)
+    run = RunFolder(tmp_path / "run")
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-2", "step-4"]
+    resumed = train(settings_for(base, tmp_path, "save_every=2", "eval_every=50", "resume=true"))
+    monkeypatch.setattr(checkpoint_module, "save_file", save_file)
+    assert_same_run(train(settings_for(base, tmp_path, "save_every=2", "eval_every=50", out="unbroken")), resumed)
+
+
+def test_a_resumed_run_must_be_the_same_run(base, tmp_path):
+    train(settings_for(base, tmp_path))
+    with pytest.raises(InputError, match="holds a run already"):
+        train(settings_for(base, tmp_path))
+    with pytest.raises(InputError, match="seed was 0, is 5"):
+        train(settings_for(base, tmp_path, "resume=true", "seed=5"))
+    write_rows(tmp_path / "data.jsonl", make_conversations(41))
+    with pytest.raises(InputError, match="encoded data was"):
+        train(settings_for(base, tmp_path, "resume=true"))
+    with pytest.raises(InputError, match="no run to resume"):
+        train(settings_for(base, tmp_path, "resume=true", out="nowhere"))
+
+
+def test_init_from_takes_the_weights_and_nothing_else(base, tmp_path):
+    first = train(settings_for(base, tmp_path, out="first"))
+    second = train(settings_for(base, tmp_path, f"init_from={first.final}", "lr=1e-9", out="second"))
+    start = [row for row in second.read_metrics() if row["kind"] == "val"][0]
+    end = [row for row in first.read_metrics() if row["kind"] == "val"][-1]
+    assert start["loss"] == pytest.approx(end["loss"], abs=1e-6)
+    assert losses(second)[0][0] == 1
+
+
+def test_a_run_that_diverges_stops_and_keeps_what_was_good(base, tmp_path):
+    with pytest.raises(Diverged, match="not finite for the 5th step in a row") as caught:
+        train(settings_for(base, tmp_path, "method=full", "lr=1e30", "clip=null", "epochs=5", "save_every=1", "eval_every=100"))
+    assert "Lower lr" in str(caught.value)
+    rows = [row for row in RunFolder(tmp_path / "run").read_metrics() if row["kind"] == "train"]
+    assert math.isfinite(rows[0]["loss"])
+    assert not any(row["loss"] == 0.0 for row in rows)
+
+
+def test_patience_stops_and_final_holds_the_best(base, tmp_path):
+    run = train(settings_for(base, tmp_path, "lr=0.2", "epochs=20", "eval_every=2", "patience=2", "lora.dropout=0"))
+    validations = [row for row in run.read_metrics() if row["kind"] == "val"]
+    best = min(validations, key=lambda row: row["loss"])
+    assert validations[-1]["step"] < 80
+    assert validations.index(best) == len(validations) - 3
+    if best["step"]:
+        kept = load_file(run.checkpoints / f"step-{best['step']}" / "adapter_model.safetensors")
+        assert all(torch.equal(kept[name], value) for name, value in final_weights(run).items())
+
+
+def test_bloom_with_the_settings_of_domain_bloom_resumes_bit_for_bit(tmp_path, monkeypatch):
+    base = make_model_folder(tmp_path / "bloom", BloomConfig, n_layer=2, n_head=4)
+    options = (
+        "lora.r=8", "lora.alpha=16", "lora.dropout=0.1", "lr=1e-4", "batch_size=5", "save_every=2",
+        "lora.target_modules=[query_key_value, dense, dense_h_to_4h, dense_4h_to_h]",
+    )  # fmt: skip
+    unbroken = train(settings_for(base, tmp_path, *options, out="unbroken"))
+    update, count = Stepper.update, []
+
+    def crash(stepper, *args):
+        count.append(1)
+        if len(count) == 6:
+            raise KeyboardInterrupt
+        return update(stepper, *args)
+
+    monkeypatch.setattr(Stepper, "update", crash)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings_for(base, tmp_path, *options, out="broken"))
+    monkeypatch.setattr(Stepper, "update", update)
+    assert_same_run(unbroken, train(settings_for(base, tmp_path, *options, "resume=true", out="broken")))
+
+
+def test_a_source_with_weight_two_is_seen_twice(base, tmp_path):
+    data = write_rows(tmp_path / "a.jsonl", make_conversations(8))
+    other = write_rows(tmp_path / "b.jsonl", [row | {"id": "b" + row["id"]} for row in make_conversations(8)])
+    settings = settings_for(base, tmp_path, "split.val=0", "epochs=1", "trace=true")
+    settings = Train.model_validate(settings.model_dump() | {"data": [{"path": data, "weight": 2}, other]})
+    run = train(settings)
+    names = [n for line in run.trace.read_text().splitlines() for row in json.loads(line)["rows"] for n in row["conversations"]]
+    assert sum(name.startswith("b") for name in names) == 8
+    assert len({name for name in names if not name.startswith("b")}) == 8
+    weights = sum(row["tokens_trained"] for row in run.read_metrics() if row["kind"] == "train")
+    assert weights > 0
+
+
+def test_too_many_rejects_refuse_the_run_before_any_weight_is_read(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "load_for_training", lambda *_: pytest.fail("weights were read"))
+    rows = make_conversations(20)
+    rows[3]["messages"] = rows[3]["messages"][:1]
+    write_rows(tmp_path / "data.jsonl", rows)
+    with pytest.raises(DataRefused, match="1 of 20"):
+        train(settings_for(base, tmp_path))
+    rejects = [json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()]
+    assert [(row["line"], "assistant" in row["reason"]) for row in rejects] == [(4, True)]
+
+
+def test_mistakes_are_named_before_any_weight_is_read(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "load_for_training", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(InputError, match="nowhere"):
+        train(settings_for(base, tmp_path, "data=nowhere.jsonl"))
+    with pytest.raises(DataRefused, match="too long|max_length"):
+        train(settings_for(base, tmp_path, "encode.max_length=8"))
+    small = make_model_folder(tmp_path / "small")
+    config = json.loads((small / "config.json").read_text()) | {"vocab_size": 60}
+    (small / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="only 60 embeddings"):
+        train(settings_for(small, tmp_path))
+
+
+def test_an_unwritable_run_folder_is_named(base, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(InputError, match="cannot write there"):
+        train(settings_for(base, tmp_path, f"out={tmp_path / 'file' / 'run'}"))
+
+
+def test_the_learning_rate_is_a_pure_function_of_the_step():
+    settings = load_train(None, ["model=m", "data=d", "lr=1.0", "warmup=0.1", "min_lr_ratio=0.2"])
+    rates = [learning_rate(step, 100, settings) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[100] == pytest.approx(0.2)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    linear = load_train(None, ["model=m", "data=d", "lr=1.0", "warmup=0", "schedule=linear"])
+    assert [learning_rate(step, 4, linear) for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    constant = load_train(None, ["model=m", "data=d", "lr=1.0", "schedule=constant"])
+    assert learning_rate(99, 100, constant) == 1.0
