@@ -1,7 +1,7 @@
-"""Generation: a batch answers what single runs answer, whatever the family, the padding or the folder's own settings."""
+"""Generation: a batch answers what single runs answer, whatever the family, padding or folder settings."""
 
+import pytest
 import torch
-from pytest import fixture, mark, raises
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -63,7 +63,7 @@ def _tiny(family: str) -> torch.nn.Module:
 FAMILIES = ["llama", "mistral", "gemma2", "gpt2", "gptneox", "bloom"]
 
 
-@fixture(scope="module")
+@pytest.fixture(scope="module")
 def llama():
     return _tiny("llama")
 
@@ -87,7 +87,7 @@ def _obvious(model, prompt: list[int], stop_ids, most: int) -> Generated:
     return Generated(tuple(answer), False)
 
 
-@mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_greedy_batch_of_mixed_lengths_is_exactly_the_single_runs(family):
     model, prompts = _tiny(family), _prompts(10)
     free = [_obvious(model, prompt, (), 12) for prompt in prompts]
@@ -147,7 +147,7 @@ def test_settings_of_the_model_folder_do_not_leak(llama):
     assert after == before
 
 
-@mark.parametrize("family", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
 def test_greedy_equals_transformers_generate(family):
     model, prompts = _tiny(family), _prompts(5)
     settings = GenerationConfig(do_sample=False, max_new_tokens=9, eos_token_id=1, pad_token_id=0)
@@ -226,9 +226,9 @@ def test_the_context_limit_shortens_answers_row_by_row_and_refuses_full_prompts(
     assert answers == [_obvious(model, long[:60], (), 4), _obvious(model, short, (), 10)]
     many = generate_batch(model, [long[:60], *[short] * 7], (), Sampling(max_new_tokens=30))
     assert [len(answer.ids) for answer in many] == [4] + [30] * 7
-    with raises(InputError, match=r"64 tokens and the model's context is 64"):
+    with pytest.raises(InputError, match=r"64 tokens and the model's context is 64"):
         generate_batch(model, [long], (), Sampling(max_new_tokens=10))
-    with raises(InputError, match="prompt 1 has no tokens"):
+    with pytest.raises(InputError, match="prompt 1 has no tokens"):
         generate_batch(model, [short, []], (), Sampling())
 
 
@@ -247,7 +247,7 @@ def test_batches_keep_to_rows_and_memory_and_cover_every_prompt_once(llama, monk
     assert len(batches) > 4  # the memory bound, not only the row bound, was at work
 
 
-@mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_stream_is_the_batch_answer_and_later_turns_use_the_memory(family):
     model, memory = _tiny(family), PromptMemory()
     sampling = Sampling(max_new_tokens=7)
@@ -259,7 +259,7 @@ def test_a_stream_is_the_batch_answer_and_later_turns_use_the_memory(family):
         assert Generated(tuple(answer), stream.stopped) == _obvious(model, prompt, (1,), 7)
         assert (reused > 0) == (turn > 0)
         prompt = [*prompt, *answer, 5, 6]
-    rewound = prompt[: len(prompt) // 2] + [9]  # /undo: the memory must be cut, or dropped, never reused wrongly
+    rewound = [*prompt[: len(prompt) // 2], 9]  # /undo: the memory must be cut, or dropped, never reused wrongly
     assert list(Stream(model, rewound, (1,), sampling, memory)) == list(_obvious(model, rewound, (1,), 7).ids)
 
 
@@ -284,7 +284,7 @@ def test_an_interrupt_inside_the_model_does_not_leave_half_a_memory(llama, monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr(last, "forward", interrupted)
-    with raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt):
         next(stream)
     monkeypatch.setattr(last, "forward", original)
     follow = [*prompt, *begun, 4]

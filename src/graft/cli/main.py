@@ -56,8 +56,15 @@ def _root(
 
 def main() -> None:
     """Entry point: 0 done, 2 bad input or settings, 3 data refused, 4 diverged, 5 interrupted with a checkpoint."""
+    import os
+    import warnings
+
     from graft.console import fail
 
+    # What the libraries below say about their own insides is not for the user of graft; errors still are.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)(\..*)?")
     try:
         app()
     except GraftError as error:

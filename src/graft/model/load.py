@@ -66,8 +66,9 @@ def load_base(path: str, dtype: torch.dtype, trust_remote_code: bool = False) ->
     if local and not (Path(path) / "config.json").is_file():
         raise InputError(f"{path}: no config.json there; name a model folder as transformers saves it")
     try:
-        # What transformers reports about missing keys is checked below; its own table would only repeat it.
+        # What transformers reports about missing keys is checked below; its own table and bars would only repeat it.
         transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,

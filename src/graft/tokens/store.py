@@ -137,7 +137,9 @@ def _write(folder: Path, encoded: Encoded) -> None:
 
 
 def _arrays(examples: Sequence[Example]) -> dict[str, npt.NDArray[Any]]:
-    changes = [e for e, example in enumerate(examples) if e == 0 or example.conversation != examples[e - 1].conversation]
+    changes = [
+        e for e, example in enumerate(examples) if e == 0 or example.conversation != examples[e - 1].conversation
+    ]
     return {
         "first": np.array([*changes, len(examples)], np.int64),
         "start": np.cumsum([0, *(len(example.ids) for example in examples)], dtype=np.int64),

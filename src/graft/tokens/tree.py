@@ -37,7 +37,9 @@ def build_rows(examples: Sequence[Example], row_tokens: int, share: bool = True)
     for example in sorted(examples, key=_lexicographic):
         length = len(example.ids)
         if not 0 < length <= row_tokens:
-            raise ValueError(f"example of {example.conversation}: {length} tokens do not fit into a row of {row_tokens}")
+            raise ValueError(
+                f"example of {example.conversation}: {length} tokens do not fit into a row of {row_tokens}"
+            )
         shared = forest.shared_with(example.ids) if share else 0
         full = forest.size + length - shared > row_tokens
         if forest.size and (full or not share):
@@ -165,5 +167,3 @@ def sharing(examples: Iterable[Example], rows: Iterable[Row]) -> Sharing:
 def total_weight(examples: Iterable[Example]) -> float:
     """The denominator of the loss: the sum of all target weights, in float64."""
     return float(sum(float(np.sum(example.weights, dtype=np.float64)) for example in examples))
-
-

@@ -1,0 +1,25 @@
+"""Options that several commands share, and what they become. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="Run, model or adapter folder, or Hugging Face id.")]
+BasePath = Annotated[str | None, typer.Option(help="Base model of an adapter, where it is not where the adapter says.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.", min=0)]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that come to this share.", min=0, max=1)]
+TopK = Annotated[int, typer.Option(help="Sample from so many tokens; 0 is all.", min=0)]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 makes tokens that were used already less likely.")]
+Seed = Annotated[int, typer.Option(help="Seed of sampling.", min=0)]
+Thinking = Annotated[
+    bool | None,
+    typer.Option("--thinking/--no-thinking", help="The template's own reasoning switch, where it has one."),
+]

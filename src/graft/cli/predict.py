@@ -1,0 +1,99 @@
+"""`graft predict`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from graft.cli.options import (
+    BasePath,
+    Device,
+    MaxNewTokens,
+    ModelPath,
+    Precision,
+    RepetitionPenalty,
+    Seed,
+    Temperature,
+    Thinking,
+    TopK,
+    TopP,
+    TrustRemoteCode,
+)
+
+if TYPE_CHECKING:
+    from graft.model.generate import Model
+    from graft.tokens.renderer import Renderer
+
+
+def predict(
+    model: ModelPath,
+    *,
+    data: Annotated[list[str], typer.Option(help="Conversations to answer; may be given several times.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The predictions file.")] = Path("predictions.jsonl"),
+    base: BasePath = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    num_beams: Annotated[int, typer.Option(help="Width of beam search; 1 is none.", min=1)] = 1,
+    seed: Seed = 0,
+    thinking: Thinking = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many questions.", min=1)] = None,
+    template: Annotated[str | None, typer.Option(help="Chat template; else the model's own.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin the file anew.")] = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the counts to stdout as one JSON object.")] = False,
+) -> None:
+    """Answer a file of questions: one line of {id, input, predict, target, finish} each.
+
+    The same command again goes on where it was broken off. finish is stop, length (cut at --max-new-tokens or at the
+    model's context), too_long (the prompt alone fills the context) or refused (by the chat template).
+
+    Example: graft predict runs/my-run --data test.jsonl --out predictions.jsonl
+    """
+    from graft.config import Sampling, Source
+    from graft.console import note, warn
+    from graft.data.load import load_sources
+    from graft.errors import InputError
+    from graft.tokens.renderer import load_renderer
+    from graft.use.open import resolve
+    from graft.use.predict import answer_settings, predict_file, questions_of, sampling_shown
+
+    target = resolve(model, base)
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        num_beams=num_beams,
+        seed=seed,
+    )
+    loaded = load_sources([Source(path=path) for path in data], require_answer=False)
+    for reject in loaded.rejects[:3]:
+        warn(f"{reject.file}:{reject.line}: {reject.field}: {reject.reason}")
+    questions, silent = questions_of(loaded.conversations, thinking)
+    if silent:
+        warn(f"{silent} of {len(loaded.conversations)} conversations ask nothing (raw text) and are left out")
+    if not questions:
+        raise InputError(f"{', '.join(data)}: no questions among {loaded.read} rows")
+    questions = questions[:limit]
+    renderer = load_renderer(target.tokenizer, template, None, trust_remote_code)
+    note(f"{len(questions)} questions, {sampling_shown(sampling)}")
+
+    def open_model() -> tuple[Model, Renderer]:
+        from graft.model.load import load_model
+
+        return load_model(target.folder, device, precision, trust_remote_code, target.base).model, renderer
+
+    settings = answer_settings(target.folder, target.fingerprint(), renderer, sampling)
+    counts = predict_file(questions, out, settings, open_model, sampling, overwrite=overwrite)
+    note(f"{out}: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "rejected": len(loaded.rejects), **counts}))

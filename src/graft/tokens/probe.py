@@ -1,0 +1,233 @@
+"""Learns what a chat template does with a turn, by rendering turns with marker words in place of their strings.
+
+Speaks messages and text. Knows no ids but those of stops, and nothing of what will be trained on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from graft.tokens.chat_template import BLOCKS
+from graft.tokens.renderer import Renderer, TemplateRefused
+from graft.types import Message
+
+ANSWER = "Qz7GraftAnswer7zQ"
+THOUGHT = "Qz7GraftThought7zQ"
+ARGUMENT = "Qz7GraftArgument7zQ"
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """An assistant turn and everything before it."""
+
+    renderer: Renderer
+    history: Sequence[Message]
+    target: Message
+    tools: Sequence[Mapping[str, Any]]
+    thinking: bool
+    """How the template's switches are set: whether the turn has reasoning."""
+
+    def prompt(self) -> str:
+        """What generation is given."""
+        return self.renderer.render(self.history, self.tools, self.thinking)
+
+    def full(self, target: Message) -> str:
+        """The conversation with `target` as its last turn."""
+        return self.renderer.render([*self.history, target], self.tools, self.thinking, generation_prompt=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the template does around a turn's own strings, learnt by rendering marker words."""
+
+    extends: bool
+    """Whether the text goes on from the generation prompt, whatever the answer begins with."""
+    before: str
+    """Everything before the answer."""
+    suffix: str
+    """Everything after the turn's last string."""
+    keeps_reasoning: bool
+    keeps_answer: bool
+    keeps_call: bool
+
+
+def shape_of(scene: Scene, prompt: str) -> Shape:
+    """The shape of a turn; for plain answers it is remembered by the roles that lead to it."""
+    target = scene.target
+    if target.tool_calls:
+        return render_shape(scene, target, prompt)
+    roles = tuple(message.role for message in scene.history)
+    key = (roles, bool(scene.tools), scene.thinking, target.reasoning is not None)
+    if key not in scene.renderer.memory:
+        scene.renderer.memory[key] = render_shape(scene, target, prompt)
+    known: Shape = scene.renderer.memory[key]
+    return known
+
+
+def render_shape(scene: Scene, target: Message, prompt: str) -> Shape:
+    """The shape of `target` in the place of the scene's turn."""
+    text = scene.full(_marked(target))
+    answer, argument = text.rfind(ANSWER), text.rfind(ARGUMENT)
+    ends = [at + len(word) for at, word in ((answer, ANSWER), (argument, ARGUMENT)) if at >= 0]
+    return Shape(
+        extends=text.startswith(prompt),
+        before=text[:answer] if answer >= 0 else "",
+        suffix=text[max(ends) :] if ends else "",
+        keeps_reasoning=THOUGHT in text,
+        keeps_answer=answer >= 0,
+        keeps_call=argument >= 0,
+    )
+
+
+def _marked(target: Message) -> Message:
+    """The turn with marker words in place of its strings, and the same parts otherwise."""
+    content = ANSWER if target.content.strip() or not target.tool_calls else target.content
+    reasoning = THOUGHT if target.reasoning is not None and target.reasoning.strip() else target.reasoning
+    for opening, closing in BLOCKS if reasoning is None else ():
+        if target.content.lstrip().startswith(opening) and closing in target.content:
+            content = f"{opening}\n{THOUGHT}\n{closing}\n\n{ANSWER}"
+    calls = target.tool_calls
+    if calls:
+        calls = (*calls[:-1], _mark_call(calls[-1]))
+    return replace(target, content=content, reasoning=reasoning, tool_calls=calls)
+
+
+def _mark_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool call with a marker word for each string among its arguments, or for its name where there is none."""
+    bare = call.get("function")
+    function = dict(bare) if isinstance(bare, Mapping) else dict(call)
+    marked = _mark_strings(function.get("arguments"))
+    if marked == function.get("arguments"):
+        function["name"] = ARGUMENT
+    function["arguments"] = marked
+    return {**call, "function": function} if isinstance(bare, Mapping) else function
+
+
+def _mark_strings(value: Any) -> Any:
+    if isinstance(value, str):
+        return ARGUMENT
+    if isinstance(value, Mapping):
+        return {key: _mark_strings(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mark_strings(item) for item in value]
+    return value
+
+
+def wants_parts(renderer: Renderer) -> bool:
+    """Whether the template drops content given as a string and writes it when given as a list of parts."""
+    question = [Message("user", ANSWER)]
+    for parts in (False, True):
+        try:
+            if ANSWER in replace(renderer, content_parts=parts).render(question):
+                return parts
+        except TemplateRefused:
+            continue
+    return False
+
+
+def wants_string_arguments(renderer: Renderer) -> bool:
+    """Whether the template raises on tool-call arguments given parsed and writes them given as JSON text."""
+    call = {"type": "function", "id": "abcdefghi", "function": {"name": "look", "arguments": {"at": ARGUMENT}}}
+    turns = [Message("user", "Hi"), Message("assistant", "", tool_calls=(call,))]
+    for strings in (False, True):
+        with contextlib.suppress(TemplateRefused):
+            replace(renderer, string_arguments=strings).render(turns, generation_prompt=False)
+            return strings
+    return False
+
+
+def default_system(renderer: Renderer) -> str:
+    """The text that the template writes before a first user turn by itself, or nothing."""
+    try:
+        text = renderer.render([Message("user", ANSWER)], generation_prompt=False)
+    except TemplateRefused:
+        return ""
+    before = control_pattern(renderer).sub(" ", text.split(ANSWER)[0])
+    words = re.findall(r"[^\W\d_]{2,}|[\u4e00-\u9fff]", before)
+    return " ".join(before.split()) if len(words) >= 5 else ""
+
+
+def stops_of_template(renderer: Renderer, known: Sequence[int]) -> list[int]:
+    """Ids that the template writes at the end of an assistant turn: of a plain answer, and of a tool call."""
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": ARGUMENT}}}
+    found: list[int] = []
+    for target in (Message("assistant", ANSWER), Message("assistant", "", tool_calls=(call,))):
+        try:
+            scene = Scene(renderer, [Message("user", "Hi")], target, (), False)
+            shape = render_shape(scene, target, "")
+        except TemplateRefused:
+            continue
+        if target.tool_calls and not shape.keeps_call:
+            continue
+        stop = stop_in(renderer, shape.suffix, [*known, *found], not target.tool_calls)
+        stop_id = stop[1] if stop is not None else None if target.tool_calls else stop_before_next(renderer)
+        if stop_id is not None and stop_id not in found:
+            found.append(stop_id)
+    return found
+
+
+def stop_in(renderer: Renderer, suffix: str, known: Sequence[int], plain: bool) -> tuple[int, int] | None:
+    """End of the stop's text in `suffix` and its id, or None where no token of the tokenizer stands there.
+
+    After a plain answer the stop is in the first run of adjoining control tokens: a known stop if there is one (Cohere
+    closes its response and then the turn), else the run's last (Phi-3 writes `<|end|>`, then a line break, then EOS).
+    After a tool call tags may come before: the first known stop anywhere, else the last token of all.
+    """
+    runs: list[list[re.Match[str]]] = []
+    for match in control_pattern(renderer).finditer(suffix):
+        if runs and runs[-1][-1].end() == match.start():
+            runs[-1].append(match)
+        else:
+            runs.append([match])
+    if not runs:
+        return None
+    tokens = runs[0] if plain else [match for run in runs for match in run]
+    vocabulary = renderer.tokenizer.get_added_vocab()
+    closers = list(itertools.takewhile(lambda match: not _OPENER.search(match[0]), tokens)) or tokens
+    chosen = next((match for match in tokens if vocabulary[match[0]] in known), closers[-1])
+    return chosen.end(), int(vocabulary[chosen[0]])
+
+
+_OPENER = re.compile(r"start|begin|bos|user|assistant(?!_end)|chatbot|system|header", re.IGNORECASE)
+"""Names of tokens that open a turn; a template that always writes the next opening has them after the stop."""
+
+
+def stop_before_next(renderer: Renderer) -> int | None:
+    """The stop of templates that close an answer only when another turn follows."""
+    if "next" not in renderer.memory:
+        turns = [Message("user", "Hi"), Message("assistant", ANSWER), Message("user", ARGUMENT)]
+        try:
+            text = renderer.render(turns, generation_prompt=False)
+        except TemplateRefused:
+            text = ""
+        between = text.rsplit(ANSWER, 1)[-1].split(ARGUMENT)[0] if ANSWER in text else ""
+        pattern = control_pattern(renderer)
+        first = pattern.match(between.lstrip())
+        is_stop = first is not None and not _OPENER.search(first[0])
+        renderer.memory["next"] = renderer.tokenizer.get_added_vocab()[first[0]] if first and is_stop else None
+    known: int | None = renderer.memory["next"]
+    return known
+
+
+def control_pattern(renderer: Renderer) -> re.Pattern[str]:
+    """Any added token of the tokenizer but those of blanks."""
+    if "control" not in renderer.memory:
+        words = [word for word in renderer.tokenizer.get_added_vocab() if word.strip()]
+        pattern = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+        renderer.memory["control"] = re.compile(pattern or r"(?!)")
+    known: re.Pattern[str] = renderer.memory["control"]
+    return known
+
+
+def stop_texts(renderer: Renderer) -> tuple[str, ...]:
+    """Texts of the stop tokens; an id of generation_config that the vocabulary lacks has none."""
+    if "stops" not in renderer.memory:
+        tokens = renderer.tokenizer.convert_ids_to_tokens(list(renderer.stop_ids))
+        renderer.memory["stops"] = tuple(token for token in tokens if token)
+    known: tuple[str, ...] = renderer.memory["stops"]
+    return known

@@ -1,0 +1,126 @@
+"""Spells a turn's text as ids, and proves that the ids say what the text says.
+
+Speaks text and ids. Knows no templates' inner life, no weights and no settings.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+
+from graft.tokens.renderer import Renderer
+from graft.tokens.response import Turn
+
+UNSPELLED = "answers with characters that the tokenizer lacks: they become its unknown token"
+INEXACT = "answers whose blanks or composed characters the tokenizer does not reproduce exactly"
+
+
+class Unfit(Exception):
+    """This turn yields no example; the text is the reason."""
+
+
+def response_ids(renderer: Renderer, turn: Turn, prompt_ids: list[int], full_ids: list[int]) -> tuple[list[int], bool]:
+    """Ids of the response, and whether they decode to its very text.
+
+    Args:
+        renderer: whose tokenizer spells.
+        turn: the texts.
+        prompt_ids: ids of the prompt's text.
+        full_ids: ids of prompt + response as one text.
+
+    Where the text as a whole begins with the prompt's ids, the rest is the response. Where a token would span the
+    boundary, or a control token eats the answer's first blanks (Phi-3), the response is spelled by itself, as a
+    continuation: generation starts from the prompt's ids and can never produce the merged token. Text of a stop token
+    inside the answer is spelled as plain text, because a model that says the token has stopped.
+    """
+    whole: list[int] = []
+    if not turn.forged and full_ids[: len(prompt_ids)] == prompt_ids:
+        whole = full_ids[len(prompt_ids) :]
+        if _says(renderer, prompt_ids, whole, turn.response):
+            return whole, True
+    stop_text = str(renderer.tokenizer.convert_ids_to_tokens(turn.stop_id))
+    ids: list[int] = []
+    for piece, is_stop in _pieces(turn.response.removesuffix(stop_text), turn.forged):
+        ids += continuation_ids(renderer, piece, plain=is_stop)
+    ids.append(turn.stop_id)
+    exact = _says(renderer, prompt_ids, ids, turn.response)
+    return (ids, exact) if exact or not whole else (whole, False)
+
+
+def _says(renderer: Renderer, prompt_ids: list[int], answer: list[int], text: str) -> bool:
+    """Whether ids decode to a text, by themselves or behind the prompt's last ids (SentencePiece drops first blanks)."""
+    if renderer.decode(answer) == text:
+        return True
+    lead = renderer.decode(prompt_ids[-4:])
+    return renderer.decode(prompt_ids[-4:] + answer) == lead + text
+
+
+def _pieces(body: str, forged: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Cut a text at the given words; True marks a word."""
+    rest = body
+    while rest:
+        at, word = min(((rest.find(word), word) for word in forged if word in rest), default=(len(rest), ""))
+        if at:
+            yield rest[:at], False
+        if word:
+            yield word, True
+        rest = rest[at + len(word) :]
+
+
+def continuation_ids(renderer: Renderer, text: str, plain: bool = False) -> list[int]:
+    """Ids of a text that continues another one, without the blank that SentencePiece puts before a text's start.
+
+    Args:
+        renderer: whose tokenizer spells.
+        text: what to spell.
+        plain: spell control tokens in it letter by letter.
+    """
+    tokenizer = renderer.tokenizer
+    options = {"split_special_tokens": True} if plain else {}
+    anchor: list[int] = tokenizer.encode("\n", add_special_tokens=False)
+    anchored: list[int] = tokenizer.encode("\n" + text, add_special_tokens=False, **options)
+    if anchor and anchored[: len(anchor)] == anchor:
+        return anchored[len(anchor) :]
+    alone: list[int] = tokenizer.encode(text, add_special_tokens=False, **options)
+    return alone
+
+
+def check(renderer: Renderer, turn: Turn, prompt_ids: list[int], answer: list[int]) -> None:
+    """The invariants of an example.
+
+    Raises:
+        Unfit: one of them does not hold.
+    """
+    if not prompt_ids:
+        raise Unfit("the prompt is empty: nothing to predict the first token from")
+    if answer[-1] != turn.stop_id or turn.stop_id not in renderer.stop_ids:
+        raise Unfit(f"the last target is id {answer[-1]}, not a stop token {list(renderer.stop_ids)}")
+    if turn.forged and any(stop in answer[:-1] for stop in renderer.stop_ids):
+        raise Unfit("the answer holds the text of a stop token, and the tokenizer cannot spell it as plain text")
+    tokenizer = renderer.tokenizer
+    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
+    if bos:
+        written = (len(turn.prompt) - len(turn.prompt.replace(bos, ""))) // len(bos)
+        if prompt_ids.count(bos_id) != written and not bos.isspace():
+            raise Unfit(f"the prompt has {prompt_ids.count(bos_id)} BOS tokens, the template writes {written}")
+
+
+def inexact_reason(renderer: Renderer, turn: Turn, answer: list[int]) -> str:
+    """The note for ids that do not decode to the very text but still say the same.
+
+    Some tokenizers compose characters (NFC), or set or eat blanks around control tokens; some lack characters.
+
+    Raises:
+        Unfit: they say something else.
+    """
+    spelled = renderer.decode(answer)
+    unknown = renderer.tokenizer.unk_token_id
+    if unknown is not None and unknown in answer:
+        return UNSPELLED
+    if _plain_text(spelled) == _plain_text(turn.response):
+        return INEXACT
+    raise Unfit(f"the tokenizer does not give the answer back: {turn.response[:40]!r} became {spelled[:40]!r}")
+
+
+def _plain_text(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", text).split())

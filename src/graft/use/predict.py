@@ -1,0 +1,298 @@
+"""A model's answers to a file of conversations. Speaks conversations, answers and predictions files; no metrics.
+
+A question is everything before a conversation's last assistant turn (or all of it, where it ends with the user), and
+its prompt comes from the same renderer as in training, with the thinking switch that training used for that turn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from graft.config import Sampling
+from graft.console import note, progress, warn
+from graft.errors import InputError
+from graft.runs import write_atomic
+from graft.tokens.chat_template import BLOCKS
+from graft.tokens.renderer import Renderer, TemplateRefused
+from graft.tokens.response import split_reasoning
+from graft.types import Conversation, Message
+
+if TYPE_CHECKING:
+    from graft.model.generate import Model
+
+Finish = Literal["stop", "length", "too_long", "refused"]
+"""Why an answer ended: a stop token, the limit of new tokens; or why there is none: the prompt fills the model's
+context, the chat template cannot write the conversation."""
+_OUR_COLUMNS = ("id", "input", "messages", "predict", "reasoning", "target", "finish")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked, and what the data says the answer is."""
+
+    id: str
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...]
+    target: str | None
+    """The content of the last assistant turn; None where the conversation ends before one."""
+    thinking: bool | None
+    """Whether that turn reasons first; None leaves it to the template."""
+    meta: Mapping[str, Any]
+
+    @property
+    def input(self) -> str:
+        """The last thing that the user said."""
+        return next((message.content for message in reversed(self.messages) if message.role == "user"), "")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model said to one question."""
+
+    question: Question
+    text: str
+    """The answer alone, without reasoning."""
+    reasoning: str | None
+    finish: Finish
+    tokens: int
+    """Generated tokens, reasoning included, stop token not."""
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """One line of a predictions file."""
+        question = self.question
+        row: dict[str, Any] = {"id": question.id, "input": question.input}
+        if len(question.messages) > 1:
+            row["messages"] = [{"role": message.role, "content": message.content} for message in question.messages]
+        row |= {"predict": self.text, "target": question.target, "finish": self.finish}
+        if self.reasoning:
+            row["reasoning"] = self.reasoning
+        return row | {key: value for key, value in question.meta.items() if key not in _OUR_COLUMNS}
+
+
+def questions_of(conversations: Sequence[Conversation], thinking: bool | None = None) -> tuple[list[Question], int]:
+    """One question per conversation, and how many conversations ask nothing (raw text).
+
+    `thinking` is for conversations without an answer; one that has an answer is asked as training asked for it.
+    """
+    questions: list[Question] = []
+    for conversation in conversations:
+        messages = conversation.messages
+        turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        ends_with_answer = bool(turns) and turns[-1] == len(messages) - 1
+        if conversation.text is not None or not messages or turns == [0] == [len(messages) - 1]:
+            continue
+        target, asked, switch = None, messages, thinking
+        if ends_with_answer:
+            reasoning, target = split_reasoning(messages[-1])
+            asked, switch = messages[:-1], bool(reasoning.strip())
+        questions.append(Question(conversation.id, asked, conversation.tools, target, switch, conversation.meta))
+    return questions, len(conversations) - len(questions)
+
+
+def split_answer(text: str) -> tuple[str | None, str]:
+    """Reasoning and answer of generated text; the block's opening may stand in the prompt, its end never does."""
+    for opening, closing in BLOCKS:
+        head, found, tail = text.partition(closing)
+        if found:
+            return head.strip().removeprefix(opening).strip() or None, tail.lstrip("\n")
+    return None, text
+
+
+def answer_all(
+    model: Model,
+    renderer: Renderer,
+    questions: Sequence[Question],
+    sampling: Sampling,
+    *,
+    shots: Sequence[Message] = (),
+    label: str = "answering",
+) -> list[Answer]:
+    """Answers in the order of the questions, with a progress bar."""
+    answers: dict[int, Answer] = {}
+    with progress(label, len(questions)) as advance:
+        for batch in answer_in_batches(model, renderer, questions, sampling, shots):
+            answers.update(batch)
+            advance(len(batch), "")
+    return [answers[index] for index in range(len(questions))]
+
+
+def answer_in_batches(
+    model: Model,
+    renderer: Renderer,
+    questions: Sequence[Question],
+    sampling: Sampling,
+    shots: Sequence[Message] = (),
+) -> Iterator[list[tuple[int, Answer]]]:
+    """(index of the question, answer), batch by batch as they are computed; those that cannot be asked come first.
+
+    `shots` are example turns that are put before the first turn of each conversation, after its system text.
+    """
+    from graft.model.generate import generate_in_batches, new_tokens_allowed
+
+    prompts: list[list[int]] = []
+    places: list[int] = []
+    unasked: list[tuple[int, Answer]] = []
+    for index, question in enumerate(questions):
+        try:
+            prompt = renderer.prompt_ids(with_shots(question.messages, shots), question.tools, question.thinking)
+        except TemplateRefused as error:
+            warn(f"{question.id}: the chat template refuses it: {error}")
+            unasked.append((index, Answer(question, "", None, "refused", 0)))
+            continue
+        if new_tokens_allowed(model, len(prompt), 1) < 1:
+            warn(f"{question.id}: its prompt of {len(prompt)} tokens fills the model's context; it gets no answer")
+            unasked.append((index, Answer(question, "", None, "too_long", 0)))
+            continue
+        prompts.append(prompt)
+        places.append(index)
+    if unasked:
+        yield unasked
+    for batch in generate_in_batches(model, prompts, renderer.stop_ids, sampling):
+        done = []
+        for place, generated in batch:
+            question = questions[places[place]]
+            reasoning, text = split_answer(renderer.decode(generated.ids))
+            finish: Finish = "stop" if generated.stopped else "length"
+            done.append((places[place], Answer(question, text, reasoning, finish, len(generated.ids))))
+        yield done
+
+
+def with_shots(messages: Sequence[Message], shots: Sequence[Message]) -> list[Message]:
+    """The conversation with example turns before its first turn, after its system text."""
+    system = 1 if messages and messages[0].role == "system" else 0
+    return [*messages[:system], *shots, *messages[system:]]
+
+
+def predict_file(
+    questions: Sequence[Question],
+    out: Path,
+    settings: Mapping[str, Any],
+    open_model: Callable[[], tuple[Model, Renderer]],
+    sampling: Sampling,
+    *,
+    overwrite: bool = False,
+) -> dict[str, int]:
+    """Answer questions into a jsonl file of {id, input, predict, target, finish, ...}; returns how many ended how.
+
+    Each batch is on disk before the next begins. A run that was broken off goes on where it was: answered ids are
+    skipped and a torn last line is removed. `settings` (everything that shapes the answers) lies beside the file, and
+    answers of other settings are never mixed in. At the end the rows are in the order of the questions.
+
+    Raises:
+        InputError: the file was written with other settings, by something else, or for other questions.
+    """
+    begun = _begin(out, settings, overwrite)
+    by_id = {question.id: question for question in questions}
+    for name, row in begun.items():
+        if name in by_id and (row["input"], row["target"]) != (by_id[name].input, by_id[name].target):
+            raise InputError(f"{out}: its row {name!r} answers another question than the data has now; use --overwrite")
+    missing = [question for question in questions if question.id not in begun]
+    if begun:
+        note(f"{out}: {len(questions) - len(missing)} of {len(questions)} questions are answered already")
+    if missing:
+        model, renderer = open_model()
+        with out.open("ab") as file, progress("predicting", len(questions), len(questions) - len(missing)) as advance:
+            for batch in answer_in_batches(model, renderer, missing, sampling):
+                file.write(b"".join(_line(answer.row) for _, answer in batch))
+                file.flush()
+                os.fsync(file.fileno())
+                advance(len(batch), "")
+    rows = {row["id"]: row for row in _rows(out)}
+    ordered = [rows.pop(question.id) for question in questions] + list(rows.values())
+    write_atomic(out, b"".join(map(_line, ordered)))
+    counts = dict.fromkeys(("stop", "length", "too_long", "refused"), 0)
+    for row in ordered[: len(questions)]:
+        counts[row["finish"]] += 1
+    return counts
+
+
+def write_predictions(path: Path, answers: Sequence[Answer]) -> None:
+    """A predictions file in one go."""
+    write_atomic(path, b"".join(_line(answer.row) for answer in answers))
+
+
+def answer_settings(model: str, weights: str, renderer: Renderer, sampling: Sampling) -> dict[str, Any]:
+    """Everything that shapes an answer, for the file beside the predictions."""
+    template = hashlib.sha256(renderer.template.encode()).hexdigest()[:16]
+    return {"model": model, "weights": weights, "template": template, "sampling": sampling.model_dump()}
+
+
+def settings_path(out: Path) -> Path:
+    """Where the settings of a predictions file lie."""
+    return out.with_name(out.name + ".settings.json")
+
+
+def _begin(out: Path, settings: Mapping[str, Any], overwrite: bool) -> dict[str, dict[str, Any]]:
+    """Rows that are there already, by id, after checking that they belong to the same settings."""
+    beside = settings_path(out)
+    if overwrite or not out.exists():
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(beside, json.dumps(settings, indent=1, ensure_ascii=False))
+            out.write_bytes(b"")
+        except OSError as error:
+            raise InputError(f"{out}: cannot be written ({error.strerror}); choose another place with --out") from None
+        return {}
+    if not beside.is_file():
+        raise InputError(f"{out}: exists and was not begun by graft predict; choose another --out, or --overwrite")
+    before = json.loads(beside.read_text(encoding="utf-8"))
+    differences = [f"{key}: {old!r} there, {new!r} now" for key, old, new in _differences(before, json_form(settings))]
+    if differences:
+        raise InputError(
+            f"{out}: was begun with other settings ({'; '.join(differences)}); choose another --out, or --overwrite"
+        )
+    _cut_torn_line(out)
+    return {row["id"]: row for row in _rows(out)}
+
+
+def json_form(value: Any) -> Any:
+    """The value as it comes back from JSON (tuples are lists there)."""
+    return json.loads(json.dumps(value))
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key in dict.fromkeys([*before, *now]):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key}", old, new
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Remove what a crash left of a last line."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            raise InputError(
+                f"{path}:{number}: not JSON; the file was changed by something else, use --overwrite"
+            ) from None
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False, default=str).encode(errors="backslashreplace") + b"\n"
+
+
+def sampling_shown(sampling: Sampling) -> str:
+    """The effective sampling in words, for the log."""
+    values = sampling.model_dump()
+    if sampling.temperature == 0:
+        values = {key: value for key, value in values.items() if key not in ("temperature", "top_p", "top_k", "seed")}
+    kind = "beams" if sampling.num_beams > 1 else "sampled" if sampling.temperature > 0 else "greedy"
+    return f"{kind}: " + ", ".join(f"{key} {value}" for key, value in values.items())
