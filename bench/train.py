@@ -43,13 +43,13 @@ from graft.model.adapters import add_lora, trainable
 from graft.model.device import pick_precision
 from graft.model.load import load_base
 from graft.model.trees import TreeLM
+from graft.runs import RunFolder
 from graft.tokens.tree import sharing, total_weight
 from graft.train.optim import make_optimizer, set_learning_rate
 from graft.train.prepare import Prepared, prepare
 from graft.train.schedule import learning_rate
 from graft.train.step import Stepper
 from graft.train.validate import validate
-from graft.runs import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 MATERIAL = ROOT.parent / "shared" / "material"
@@ -165,8 +165,16 @@ def peer_rows(conversations: dict[str, Any], prepared: Prepared, steps: int) -> 
 
 
 def run_peer(
-    folder: str, lora: Any, start: dict[str, Any] | None, rows: list[dict[str, Any]], tokens: list[int], settings: Any,
-    micro: int, loss_type: str, between: Any, out: str,
+    folder: str,
+    lora: Any,
+    start: dict[str, Any] | None,
+    rows: list[dict[str, Any]],
+    tokens: list[int],
+    settings: Any,
+    micro: int,
+    loss_type: str,
+    between: Any,
+    out: str,
 ) -> tuple[Any, Timed]:
     """TRL's own trainer over the rows in their order."""
     model = add_lora(load_base(folder, torch.float32), lora, 0)

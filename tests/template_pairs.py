@@ -1,7 +1,7 @@
 """Real chat templates, each with a real tokenizer that suits it.
 
-The rule: the tokenizer that has a BOS and an EOS where the template reads them and, of those, most of the control tokens
-that the template's text names. The control tokens that it lacks are added to it as special tokens.
+The rule: the tokenizer that has a BOS and an EOS where the template reads them and, of those, most of the control
+tokens that the template's text names. The control tokens that it lacks are added to it as special tokens.
 """
 
 from __future__ import annotations

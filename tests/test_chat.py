@@ -213,6 +213,23 @@ def test_an_answer_that_is_stopped_keeps_what_was_said(session):
     assert "".join(session.ask("two")) == session.renderer.decode(wanted.ids).rstrip("\ufffd")
 
 
+def test_an_interrupt_while_a_piece_is_written_ends_the_answer_at_once(session, monkeypatch, capsys):
+    from graft.cli.chat import _show
+
+    pieces = session.ask("one")
+    written = []
+
+    def write(text):
+        written.append(text)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.stdout.write", write)
+    _show(session, pieces)  # `pieces` is still referred to here, as in the program's loop
+    assert session.messages[-1] == Message("assistant", "".join(written[:2]))
+    assert session.speed.finish == "interrupted"
+
+
 def test_an_interrupt_before_the_first_word_takes_the_question_back(session, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

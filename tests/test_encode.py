@@ -26,10 +26,12 @@ R1 = """{{- bos_token }}{%- for m in messages %}{%- if m.role == 'user' %}{{- '<
 {%- else %}{{- '<|im_start|>' + m.content.split('</think>')[-1] + '<|im_end|>' }}{%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|><think>\\n' }}{%- endif %}"""
 QWEN3 = """{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}
-{%- if m.role == 'assistant' and loop.last %}{{- '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}{%- endif %}
+{%- if m.role == 'assistant' and loop.last %}
+{{- '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}{%- endif %}
 {{- m.content + '<|im_end|>\\n' }}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}
-{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"""
+{%- if enable_thinking is defined and enable_thinking is false %}
+{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"""
 
 
 def byte_tokenizer(adds_bos: bool = False, extra: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")):
@@ -125,7 +127,7 @@ def test_overlong_examples_are_dropped_and_counted():
 
 def test_oldest_turns_are_dropped_whole_and_the_system_text_stays():
     r = renderer()
-    settings = Encode(max_length=90, overlong="drop_oldest_turns")
+    settings = Encode(max_length=75, overlong="drop_oldest_turns")
     found = encode.encode_all([TWO], r, settings)
     first, second = found.examples
     kept = (TWO.messages[0], *TWO.messages[3:])
@@ -156,13 +158,13 @@ def test_raw_text_every_token_is_a_target_once():
 def test_a_token_across_the_boundary_is_spelled_from_the_prompt_on():
     """The prompt ends with a line break and the answer begins with one: the merged token can never be generated."""
     r = renderer()
-    messages = talk("u:Hi", "a:\nthe end").messages
-    (example,) = encode.encode(talk("u:Hi", "a:\nthe end"), r, ROOMY)
+    messages = talk("u:Hi", "a:\n\nthe end").messages
+    (example,) = encode.encode(talk("u:Hi", "a:\n\nthe end"), r, ROOMY)
     prompt = r.prompt_ids(messages[:1])
     merged = r.ids([r.render(messages, generation_prompt=False)])[0]
     assert merged[: len(prompt)] != prompt, "the case must arise"
     assert example.ids[: example.prompt_len].tolist() == prompt
-    assert targets(example, r) == "\nthe end<|im_end|>"
+    assert targets(example, r) == "\n\nthe end<|im_end|>"
 
 
 def test_reasoning_and_the_template_s_switch():
@@ -224,12 +226,13 @@ def test_control_text_in_content():
 
 
 def test_a_stop_that_the_template_does_not_write_is_appended():
-    bare = "{%- for m in messages %}{{- m.role + ': ' + m.content + '\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- 'assistant:' }}{%- endif %}"
-    r = renderer(bare)
+    turn = "{%- for m in messages %}{{- m.role + ': ' + m.content END }}{%- endfor %}"
+    opening = "{%- if add_generation_prompt %}{{- 'assistant:' }}{%- endif %}"
+    r = renderer(turn.replace("END", "+ '\\n'") + opening)
     found = encode.encode_all([talk("u:Hi", "a:Yes.")], r, ROOMY)
     assert targets(found.examples[0], r) == " Yes.</s>"
     assert any("appended" in note for note in found.notes)
-    late = bare.replace("m.content + '\\n'", "m.content + ('' if loop.last else '<|im_end|>')")
+    late = turn.replace("END", "+ ('<|im_end|>' if m.role == 'assistant' and not loop.last else '')") + opening
     assert targets(encode.encode(talk("u:Hi", "a:Yes."), renderer(late), ROOMY)[0], r) == " Yes.<|im_end|>"
 
 
@@ -404,7 +407,9 @@ def test_a_template_for_tools_is_used_with_tools(tmp_path: Path):
 
 
 def test_the_layer_needs_no_torch_until_a_tokenizer_is_loaded():
-    code = "import sys, graft.tokens.encode, graft.tokens.show; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, graft.tokens.encode, graft.tokens.show\nsys.exit(bool({'torch', 'transformers'} & {*sys.modules}))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

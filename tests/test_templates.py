@@ -1,17 +1,19 @@
-"""Every real chat template: prompts are what transformers makes of them, targets are the answer, its stop, nothing else.
+"""Every real chat template: prompts are what transformers makes of them, targets the answer, its stop, nothing else.
 
 The expectations are computed here in the obvious slow way, from `apply_chat_template` and string search.
 """
 
 import datetime
+import json
 import re
+import unicodedata
 
 import pytest
 from template_pairs import renderer_of, template_names, template_text, tokenizer_of
 
 from graft.config import Encode
 from graft.tokens import chat_template
-from graft.tokens.encode import encode
+from graft.tokens.encode import encode, encode_all
 from graft.tokens.renderer import message_dict
 from graft.tokens.response import REASONING_DROPPED, split_reasoning
 from graft.types import Conversation, Message, Origin, Reject
@@ -32,7 +34,10 @@ TOOL = {
         "description": "Look a word up.",
         "parameters": {
             "type": "object",
-            "properties": {"word": {"type": "string", "description": "The word."}, "n": {"type": "integer", "description": "How many."}},
+            "properties": {
+                "word": {"type": "string", "description": "The word."},
+                "n": {"type": "integer", "description": "How many."},
+            },
             "required": ["word"],
         },
     },
@@ -198,6 +203,33 @@ def test_reasoning_is_where_generation_puts_it():
     assert renderer.decode(example.ids[example.prompt_len :].tolist()) == (
         "Twenty times three is sixty, less nine.\n</think>\n\nIt is fifty-one.<｜end▁of▁sentence｜>"
     )
+
+
+@pytest.mark.parametrize("base", ["qwen3", "llama-3.1-instruct", "phi-3", "minimind-v3", "qwen2.5"])
+def test_real_conversations(material, base):
+    """The sixty picked conversations, with a stop's text, odd Unicode and blank answers among them."""
+    lines = (material / "data" / "conversations60" / "conversations.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    talks = [tuple(Message(m["role"], m["content"]) for m in row["messages"]) for row in rows]
+    name = f"own:{base}"
+    renderer = renderer_of(name, TODAY)
+    found = encode_all([conversation(messages) for messages in talks], renderer, SETTINGS)
+    assert len(found.rejects) == 0, found.rejects
+    assert len(found.examples) == sum(m.role == "assistant" for messages in talks for m in messages)
+    examples = iter(found.examples)
+    for messages in talks:
+        for index, message in enumerate(messages):
+            if message.role == "assistant":
+                example = next(examples)
+                cut = example.prompt_len
+                assert example.ids[:cut].tolist() == slow_prompt(name, messages[: index + 1])
+                said = renderer.decode(example.ids[cut:].tolist())
+                assert nfc(message.content.strip()) in nfc(said)
+                assert example.ids[cut:].tolist().count(int(example.ids[-1])) == 1
+
+
+def nfc(text):
+    return unicodedata.normalize("NFC", text)
 
 
 def test_a_switch_that_a_template_lacks_is_not_passed():

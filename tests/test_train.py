@@ -206,7 +206,9 @@ def test_a_full_disk_loses_nothing(base, tmp_path, monkeypatch):
         save_file(tensors, path)
 
     monkeypatch.setattr(checkpoint_module, "save_file", full)
-    with pytest.raises(InputError, match=r"step-6: cannot be saved \(No space left on device.*step-4 is complete") as caught:
+    with pytest.raises(
+        InputError, match=r"step-6: cannot be saved \(No space left on device.*step-4 is complete"
+    ) as caught:
         train(settings_for(base, tmp_path, "save_every=2", "eval_every=50"))
     assert "resume=true" in str(caught.value)
     run = RunFolder(tmp_path / "run")
@@ -240,7 +242,11 @@ def test_init_from_takes_the_weights_and_nothing_else(base, tmp_path):
 
 def test_a_run_that_diverges_stops_and_keeps_what_was_good(base, tmp_path):
     with pytest.raises(Diverged, match="not finite for the 5th step in a row") as caught:
-        train(settings_for(base, tmp_path, "method=full", "lr=1e30", "clip=null", "epochs=5", "save_every=1", "eval_every=100"))
+        train(
+            settings_for(
+                base, tmp_path, "method=full", "lr=1e30", "clip=null", "epochs=5", "save_every=1", "eval_every=100"
+            )
+        )
     assert "Lower lr" in str(caught.value)
     rows = [row for row in RunFolder(tmp_path / "run").read_metrics() if row["kind"] == "train"]
     assert math.isfinite(rows[0]["loss"])
@@ -286,7 +292,12 @@ def test_a_source_with_weight_two_is_seen_twice(base, tmp_path):
     settings = settings_for(base, tmp_path, "split.val=0", "epochs=1", "trace=true")
     settings = Train.model_validate(settings.model_dump() | {"data": [{"path": data, "weight": 2}, other]})
     run = train(settings)
-    names = [n for line in run.trace.read_text().splitlines() for row in json.loads(line)["rows"] for n in row["conversations"]]
+    names = [
+        n
+        for line in run.trace.read_text().splitlines()
+        for row in json.loads(line)["rows"]
+        for n in row["conversations"]
+    ]
     assert sum(name.startswith("b") for name in names) == 8
     assert len({name for name in names if not name.startswith("b")}) == 8
     weights = sum(row["tokens_trained"] for row in run.read_metrics() if row["kind"] == "train")

@@ -47,7 +47,9 @@ ON_TREES = {
     "gemma3-window": Gemma3TextConfig(head_dim=8, sliding_window=7, **GROUPED),
     "phi3": Phi3Config(**GROUPED),
     "gpt-neox": GPTNeoXConfig(**SIZES),
-    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    ),
     "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
     "bloom-6-heads": BloomConfig(vocab_size=VOCABULARY, hidden_size=48, n_layer=2, n_head=6),
     "mixtral-moe": MixtralConfig(num_local_experts=4, **GROUPED),
@@ -122,7 +124,10 @@ def make_tokenizer(chat_template: str | None = CHATML):
     backend.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     backend.train_from_iterator(TEXTS, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
@@ -134,7 +139,9 @@ def make_model_folder(folder, config_class=LlamaConfig, **changes):
     """A model folder as transformers saves it: tiny random weights and a tokenizer that fits."""
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)
-    config = config_class(**(GROUPED | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id} | changes))
+    config = config_class(
+        **(GROUPED | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id} | changes)
+    )
     make_model(config).save_pretrained(folder)
     return folder
 

@@ -17,7 +17,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from graft.errors import ConfigError
 
-
 S = TypeVar("S", bound="Settings")
 
 
@@ -37,7 +36,7 @@ class Source(Settings):
     """A jsonl, json, csv or parquet file."""
     format: Format = "auto"
     """Layout of its rows; `auto` detects it and says why."""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
     """How often each of its conversations appears in an epoch: 2 is twice, 0.5 is another half every epoch."""
 
 
@@ -56,9 +55,9 @@ Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources)]
 class Split(Settings):
     """Shares of the data that are held out, by a hash of the normalised first prompt."""
 
-    val: float = Field(0.05, ge=0, lt=1)
+    val: float = Field(default=0.05, ge=0, lt=1)
     """Share for validation; used where no `val` file is given."""
-    test: float = Field(0.0, ge=0, lt=1)
+    test: float = Field(default=0.0, ge=0, lt=1)
     """Share for test; used where no `test` file is given."""
 
     @model_validator(mode="after")
@@ -71,11 +70,11 @@ class Split(Settings):
 class Lora(Settings):
     """LoRA by PEFT; the names are PEFT's where it has one."""
 
-    r: int = Field(16, ge=1)
+    r: int = Field(default=16, ge=1)
     """Rank of the update."""
-    alpha: float = Field(32, gt=0)
+    alpha: float = Field(default=32, gt=0)
     """Scale: the update is multiplied by alpha / r."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input while training."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """`all-linear` (every linear layer but the output head), a list of module names, or a regular expression."""
@@ -95,10 +94,10 @@ class Encode(Settings):
     `alpaca`, `vicuna`, `llama2`, `zh-dialogue`), or the path of a Jinja file."""
     train_on: Literal["all_turns", "last_turn", "everything"] = "all_turns"
     """Which tokens are targets: every assistant turn, the last one, or every token including the user's."""
-    max_length: int = Field(2048, ge=8)
+    max_length: int = Field(default=2048, ge=8)
     """Longest example in tokens."""
     overlong: Literal["drop", "drop_oldest_turns"] = "drop"
-    """What happens to a longer one: it is dropped and counted, or loses its oldest whole turns. Answers are never cut."""
+    """A longer one is dropped and counted, or loses its oldest whole turns. Answers are never cut."""
     date: str | None = None
     """The day (YYYY-MM-DD) that templates which write today's date are given; None is the day of the run's start."""
 
@@ -118,7 +117,7 @@ class Train(Settings):
     out: str | None = None
     """Run folder; None is runs/MODEL-DATA, numbered when that exists."""
     encode: Encode = Encode()
-    max_rejected: float = Field(0.01, ge=0, le=1)
+    max_rejected: float = Field(default=0.01, ge=0, le=1)
     """The run refuses to start when a larger share of the rows is rejected."""
 
     method: Literal["lora", "full"] = "lora"
@@ -135,40 +134,40 @@ class Train(Settings):
     """Share common prefixes between the examples of a step. False trains one example per row (same loss, slower)."""
     trust_remote_code: bool = False
 
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     """Conversations per optimizer step, whatever the hardware."""
-    row_tokens: int | None = Field(None, ge=8)
+    row_tokens: int | None = Field(default=None, ge=8)
     """Tokens computed in one forward pass, the memory knob; None is max(encode.max_length, 4096). It does not change
     the result."""
-    epochs: float = Field(3.0, gt=0)
-    max_steps: int | None = Field(None, ge=1)
+    epochs: float = Field(default=3.0, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
     """Stop after so many optimizer steps; the schedule is laid over them."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
 
-    lr: float | None = Field(None, gt=0)
+    lr: float | None = Field(default=None, gt=0)
     """Peak learning rate; None is 2e-4 for LoRA and 2e-5 for full fine-tuning."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = Field(0.05, ge=0, le=1)
+    warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of the steps over which the learning rate rises from 0."""
-    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """The schedule ends at this share of `lr`."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled; on weight matrices only, never on biases, norms or embeddings."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    clip: float | None = Field(1.0, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    clip: float | None = Field(default=1.0, gt=0)
     """Largest global gradient norm; null switches clipping off."""
 
-    eval_every: int | None = Field(None, ge=1)
+    eval_every: int | None = Field(default=None, ge=1)
     """Validate every so many steps (always at step 0 and at the end too); None is ten times per run."""
-    save_every: int | None = Field(None, ge=1)
+    save_every: int | None = Field(default=None, ge=1)
     """Checkpoint every so many steps; None is at every validation."""
-    keep_last: int = Field(2, ge=1)
+    keep_last: int = Field(default=2, ge=1)
     """Checkpoints kept besides the best one."""
-    patience: int | None = Field(None, ge=1)
+    patience: int | None = Field(default=None, ge=1)
     """Stop after so many validations without a better loss; `final/` then holds the best weights."""
-    log_every: int = Field(1, ge=1)
+    log_every: int = Field(default=1, ge=1)
     trace: bool = False
     """Write trace.jsonl: the conversation ids and rows of every optimizer step."""
     resume: bool = False
@@ -201,20 +200,18 @@ class Train(Settings):
 class Sampling(Settings):
     """How text is generated: greedy unless a temperature or beams are given."""
 
-    max_new_tokens: int = Field(512, ge=1)
-    temperature: float = Field(0.0, ge=0)
+    max_new_tokens: int = Field(default=512, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
     """0 is greedy."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
     """0 is all tokens."""
-    repetition_penalty: float = Field(1.0, gt=0)
-    num_beams: int = Field(1, ge=1)
-    seed: int = Field(0, ge=0)
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    num_beams: int = Field(default=1, ge=1)
+    seed: int = Field(default=0, ge=0)
 
 
-def load_train(
-    recipe: Path | None, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
-) -> Train:
+def load_train(recipe: Path | None, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> Train:
     """Settings of a training run from a recipe, `key=value` overrides and the command's own flags, in that order.
 
     Raises:
@@ -243,7 +240,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         raise ConfigError(f"recipe {path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.load(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader that reads 2e-4
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
@@ -272,7 +269,7 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML that also reads `2e-4` as a number: YAML 1.1 wants a dot there, people do not."""
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
@@ -282,7 +279,7 @@ def _parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     if not sign or not key:
         raise ConfigError(f"{text!r}: an override is written key=value, for example lora.r=8")
     try:
-        return tuple(key.split(".")), yaml.load(value, Loader=_Loader)
+        return tuple(key.split(".")), yaml.load(value, Loader=_Loader)  # noqa: S506
     except yaml.YAMLError:
         return tuple(key.split(".")), value
 
@@ -297,9 +294,7 @@ def _set(values: dict[str, Any], path: tuple[str, ...], value: Any, said: str) -
     values[path[-1]] = value
 
 
-def _validate(
-    model: type[S], values: Mapping[str, Any], lines: Mapping[tuple[str, ...], int], place: str
-) -> S:
+def _validate(model: type[S], values: Mapping[str, Any], lines: Mapping[tuple[str, ...], int], place: str) -> S:
     try:
         return model.model_validate(values)
     except ValidationError as error:

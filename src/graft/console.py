@@ -24,6 +24,7 @@ from rich.table import Table
 
 T = TypeVar("T")
 
+
 class Advance(Protocol):
     """Type of what `progress` yields."""
 

@@ -1,15 +1,15 @@
 """The run folder: which files it has, and how they are written so that a crash at any byte loses nothing old.
 
-    runs/NAME/
-        config.yaml         every effective setting
-        environment.json    versions, device, git commit, data and template hashes
-        metrics.jsonl       one object per logged step or validation
-        rejects.jsonl       every row that was not trained on, with file, line, field and reason
-        trace.jsonl         conversation ids and rows of every step (trace: true)
-        data/               the validation and test parts that were held out, as chat-messages jsonl
-        checkpoints/step-N/ complete or absent
-        final/              a model or adapter folder that transformers and PEFT load as is
-        report.html, loss.png
+runs/NAME/
+    config.yaml         every effective setting
+    environment.json    versions, device, git commit, data and template hashes
+    metrics.jsonl       one object per logged step or validation
+    rejects.jsonl       every row that was not trained on, with file, line, field and reason
+    trace.jsonl         conversation ids and rows of every step (trace: true)
+    data/               the validation and test parts that were held out, as chat-messages jsonl
+    checkpoints/step-N/ complete or absent
+    final/              a model or adapter folder that transformers and PEFT load as is
+    report.html, loss.png
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ def make_writable(folder: Path) -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise InputError(f"{folder}: cannot write there ({error.strerror}); choose another folder with out=DIR") from None
+        raise InputError(
+            f"{folder}: cannot write there ({error.strerror}); choose another folder with out=DIR"
+        ) from None
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

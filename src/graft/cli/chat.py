@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -108,16 +109,15 @@ def _talk(session: ChatSession) -> None:
             fail(str(error))
 
 
-def _show(session: ChatSession, pieces: Iterator[str]) -> None:
+def _show(session: ChatSession, pieces: Generator[str]) -> None:
     """Write an answer as it comes; Ctrl-C ends the answer, not the program."""
     from graft.console import err
 
-    try:
+    # Closing at once lets the session note what was said: the interrupt may come while a piece is being written.
+    with suppress(KeyboardInterrupt), closing(pieces):
         for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        pass
     sys.stdout.write("\n")
     sys.stdout.flush()
     if session.speed is not None and err.is_terminal:
@@ -129,9 +129,7 @@ def _lines() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from (line.rstrip("\n") for line in sys.stdin)
         return
-    import contextlib
-
-    with contextlib.suppress(ImportError):  # line editing, where the platform has it
+    with suppress(ImportError):  # line editing, where the platform has it
         import readline  # noqa: F401
     prompt = "\001\033[1;36m\002>\001\033[0m\002 "  # \001 and \002 tell readline what takes no room
     while True:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def demo(
     out: Annotated[str | None, typer.Option(help="Run folder; else runs/demo, numbered when that exists.")] = None,
 ) -> None:
-    """Fine-tune a tiny embedded model and see it get better: evaluate, train, evaluate again. About a minute, no network.
+    """Fine-tune a tiny embedded model and see it get better. About a minute on two cores, no network.
 
     The base model has read plain English and Chinese text about a small made-up world. It knows the facts but not how
     to answer a question; a LoRA adapter on about a thousand questions teaches it that. The test questions ask for

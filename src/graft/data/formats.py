@@ -22,6 +22,7 @@ from graft.data.turns import (
     system,
     text_of,
     user,
+    without_empty_answer,
 )
 from graft.data.values import UnfitError
 from graft.errors import InputError
@@ -211,18 +212,20 @@ def _known() -> str:
     return ", ".join(f"{item.name} ({', '.join(item.columns[0])})" for item in FORMATS.values())
 
 
-def to_conversation(form: Format, row: Columns, origin: Origin, source: str) -> Conversation | Reject:
+def to_conversation(
+    form: Format, row: Columns, origin: Origin, source: str, require_answer: bool = True
+) -> Conversation | Reject:
     """The row as a Conversation, or why it cannot be one.
 
     Its id is the `id` column (text or a whole number), else FILE-STEM:LINE; it is not yet unique over files.
     """
     try:
-        return _to_conversation(form, row, origin, source)
+        return _to_conversation(form, row, origin, source, require_answer)
     except UnfitError as error:
         return Reject(origin.file, origin.line, error.field, error.reason)
 
 
-def _to_conversation(form: Format, row: Columns, origin: Origin, source: str) -> Conversation:
+def _to_conversation(form: Format, row: Columns, origin: Origin, source: str, require_answer: bool) -> Conversation:
     _refuse_other_kinds(row)
     draft = form.read(row)
     used, turns = set(draft.used), draft.turns
@@ -231,7 +234,9 @@ def _to_conversation(form: Format, row: Columns, origin: Origin, source: str) ->
         used |= {"system", "tools"}
         turns = _with_system(row.get("system"), turns)
         tools = read_tools(row.get("tools"), "tools")
-        check_turns(turns, draft.place)
+        if not require_answer:
+            turns = without_empty_answer(turns)
+        check_turns(turns, draft.place, require_answer)
     elif not draft.text.strip():
         raise UnfitError(draft.place, "empty text")
     name = row.get("id")

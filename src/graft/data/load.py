@@ -36,8 +36,10 @@ class Loaded:
     """One sentence per decision taken, such as `a.json: alpaca: 1666 of 1666 rows have instruction, output`."""
 
 
-def load_sources(sources: Sequence[Source]) -> Loaded:
+def load_sources(sources: Sequence[Source], require_answer: bool = True) -> Loaded:
     """Read every source in order, each in its own format, with ids that are unique over all of them.
+
+    Without `require_answer` a conversation may end before its answer: a question that a model will be asked.
 
     Raises:
         InputError: a file cannot be read, fits no format, or is named twice.
@@ -50,7 +52,7 @@ def load_sources(sources: Sequence[Source]) -> Loaded:
         if path in seen:
             raise InputError(f"{source.path}: named twice; name it once, with weight: 2 to see its rows twice as often")
         seen.add(path)
-        parts.append(_load(source, taken))
+        parts.append(_load(source, taken, require_answer))
     return Loaded(
         [conversation for part in parts for conversation in part.conversations],
         [reject for part in parts for reject in part.rejects],
@@ -59,7 +61,7 @@ def load_sources(sources: Sequence[Source]) -> Loaded:
     )
 
 
-def _load(source: Source, taken: Counter[str]) -> Loaded:
+def _load(source: Source, taken: Counter[str], require_answer: bool) -> Loaded:
     """What one source holds; `taken` are the ids given so far."""
     form, rows = _choose(source, read_rows(Path(source.path)))
     conversations: list[Conversation] = []
@@ -72,7 +74,7 @@ def _load(source: Source, taken: Counter[str]) -> Loaded:
             continue
         if fit := form.fit(raw.value):
             fits[fit] += 1
-        result = to_conversation(form, raw.value, raw.origin, source.path)
+        result = to_conversation(form, raw.value, raw.origin, source.path, require_answer)
         if isinstance(result, Reject):
             rejects.append(result)
             continue

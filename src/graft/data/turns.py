@@ -297,11 +297,21 @@ def read_tools(value: Any, place: str) -> tuple[dict[str, Any], ...]:
     return tuple(tools)
 
 
-def check_turns(turns: Sequence[Turn], place: str) -> None:
+def without_empty_answer(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The turns without an empty assistant turn at their end: the answer is still to be given."""
+    if not turns:
+        return turns
+    last = turns[-1].message
+    empty = last.role == "assistant" and not last.tool_calls and not last.content.strip()
+    return turns[:-1] if empty else turns
+
+
+def check_turns(turns: Sequence[Turn], place: str, require_answer: bool = True) -> None:
     """Refuse a conversation that no template can be trusted with.
 
     A system turn may only be the first. User and assistant turns alternate (an assistant may begin), tool turns follow
-    an assistant's tool calls and are answered by the assistant. There is an assistant turn, and none is empty.
+    an assistant's tool calls and are answered by the assistant. There is an assistant turn where one is required, and
+    none is empty.
 
     Raises:
         UnfitError: names the turn, and both roles where the order is wrong.
@@ -315,7 +325,7 @@ def check_turns(turns: Sequence[Turn], place: str) -> None:
         if message.role == "assistant" and not message.tool_calls and not message.content.strip():
             raise UnfitError(turn.place, "empty answer")
         before = turn
-    if all(turn.message.role != "assistant" for turn in turns):
+    if require_answer and all(turn.message.role != "assistant" for turn in turns):
         raise UnfitError(place, "no assistant turn")
 
 

@@ -39,9 +39,11 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     return tuned
 
 
-def train_everything(model: PreTrainedModel) -> None:
-    """Make every weight trainable."""
-    model.requires_grad_(True)
+def plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model, without the adapter's wrapper (the adapter's layers stay in it)."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(inner, PreTrainedModel)
+    return inner
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -51,7 +51,7 @@ def install(model: BloomForCausalLM, backend: str) -> None:
             return attention_mask.row
         return own_alibi(attention_mask, num_heads, dtype)
 
-    model.transformer.build_alibi_tensor = build_alibi
+    model.transformer.build_alibi_tensor = build_alibi  # type: ignore[method-assign]
     for module in model.modules():
         if isinstance(module, BloomAttention):
             _install_attention(module, backend)
@@ -72,4 +72,4 @@ def _install_attention(module: BloomAttention, backend: str) -> None:
         output = module.dense(context.transpose(1, 2).flatten(2))
         return dropout_add(output, residual, module.hidden_dropout, module.training), None
 
-    module.forward = forward
+    module.forward = forward  # type: ignore[method-assign, assignment]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM, set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from graft.errors import InputError
@@ -48,10 +50,9 @@ def load_model(
     adapter = (folder / "adapter_config.json").is_file()
     if adapter and base is None:
         base = adapter_base(folder)
-    model: PreTrainedModel | PeftModel = load_base(base if adapter and base else str(folder), dtype, trust_remote_code)
-    if adapter:
-        model = load_adapter(model, folder, trainable=False)
-    model.to(where)
+    plain = load_base(base if adapter and base else str(folder), dtype, trust_remote_code)
+    model: PreTrainedModel | PeftModel = load_adapter(plain, folder, trainable=False) if adapter else plain
+    nn.Module.to(model, where)
     model.eval()
     return LoadedModel(model, where, dtype, folder, base if adapter else None)
 
@@ -69,7 +70,7 @@ def load_base(path: str, dtype: torch.dtype, trust_remote_code: bool = False) ->
         # What transformers reports about missing keys is checked below; its own table and bars would only repeat it.
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             local_files_only=local,
@@ -78,6 +79,7 @@ def load_base(path: str, dtype: torch.dtype, trust_remote_code: bool = False) ->
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise InputError(f"model {path}: cannot be loaded: {_first_line(error)}") from None
+    model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise InputError(f"model {path}: {len(missing)} weights are missing from its files, for example {missing[0]}")
@@ -131,7 +133,9 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
         tuned = PeftModelForCausalLM(model, config)
         report = tuned.load_adapter(str(folder), "default", is_trainable=trainable)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InputError(f"adapter {folder}: does not fit the model {model.name_or_path}: {_first_line(error)}") from None
+        raise InputError(
+            f"adapter {folder}: does not fit the model {model.name_or_path}: {_first_line(error)}"
+        ) from None
     if report.unexpected_keys:
         raise InputError(
             f"adapter {folder}: {len(report.unexpected_keys)} of its weights have no place in the model "

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
+from graft.model.adapters import plain
 from graft.tokens.renderer import Renderer
 
 
@@ -19,12 +20,10 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         _save_adapter(model, folder)
-        base = model.get_base_model()
     else:
         _save_full(model, folder, dtype)
-        base = model
     renderer.save(folder)
-    _stop_set(base, renderer).save_pretrained(folder)
+    _stop_set(plain(model), renderer).save_pretrained(folder)
 
 
 def _save_adapter(model: PeftModel, folder: Path) -> None:
@@ -42,7 +41,9 @@ def _save_full(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None) 
     model.set_attn_implementation("eager")  # graft's own names mean nothing to other programs
     state = None
     if dtype is not None:
-        state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()}
+        state = {
+            name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()
+        }
     before = model.config.dtype
     if dtype is not None:
         model.config.dtype = dtype
@@ -55,7 +56,7 @@ def _save_full(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None) 
 
 def _stop_set(model: PreTrainedModel, renderer: Renderer) -> GenerationConfig:
     """The model's generation settings, with every id that ends a turn."""
-    settings = model.generation_config or GenerationConfig()
+    settings = model.generation_config
     saved = GenerationConfig(**{key: value for key, value in settings.to_diff_dict().items() if value is not None})
     stops = sorted(renderer.stop_ids)
     saved.eos_token_id = stops[0] if len(stops) == 1 else stops

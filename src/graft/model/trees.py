@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.models.bloom.modeling_bloom import BloomForCausalLM
 
 from graft.model import bloom
+from graft.model.adapters import plain
 from graft.model.attention import SEGMENTS, RowMissing, TreeRow, watch_masks
 from graft.tokens.tree import build_rows
 from graft.types import Example, Row
@@ -47,9 +49,9 @@ class TreeLM:
         `why_not` says, in a sentence, why the model runs one example per row; None means that it runs on trees.
         """
         self.model = model
-        self.base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.base = plain(model)
         self.decoder: nn.Module = self.base.base_model
-        self.is_bloom = isinstance(self.base, BloomForCausalLM)
+        self.embedding: nn.Module = self.base.get_input_embeddings()
         self.on_trees = False
         self.why_not: str | None = "trees are switched off" if not trees else None
         self.logit_shape: LogitShape | None = None
@@ -67,11 +69,12 @@ class TreeLM:
 
     @property
     def device(self) -> torch.device:
-        return self.base.get_input_embeddings().weight.device
+        return next(self.embedding.parameters()).device
 
     def states(self, tree: TreeRow) -> Tensor:
         """[M, d] last hidden states of the predictors."""
-        return self._run(self.decoder, tree).last_hidden_state[0].index_select(0, tree.predictors)
+        states: Tensor = self._run(self.decoder, tree).last_hidden_state[0]
+        return states.index_select(0, tree.predictors)
 
     def logits(self, tree: TreeRow) -> Tensor:
         """[M, V] logits of the predictors by the model's own forward, whatever it does after its decoder."""
@@ -82,22 +85,22 @@ class TreeLM:
         """The rows in which this model computes these examples."""
         return build_rows(examples, row_tokens, share=self.on_trees)
 
-    def _run(self, module: nn.Module, tree: TreeRow) -> object:
+    def _run(self, module: nn.Module, tree: TreeRow) -> Any:
         if not self.on_trees:
             return module(input_ids=tree.ids, use_cache=False)
-        if self.is_bloom:
+        if isinstance(self.base, BloomForCausalLM):
             return module(input_ids=tree.ids, attention_mask=bloom.RowMask.of(tree), use_cache=False)
         return module(input_ids=tree.ids, position_ids=tree.depth, row=tree, use_cache=False)
 
     def _probe(self, backend: str) -> None:
-        examples = _probe_examples(self.base.get_input_embeddings().num_embeddings)
+        examples = _probe_examples(next(self.embedding.parameters()).shape[0])
         own = self.base.config._attn_implementation
         singles = [TreeRow.of(row, self.device) for row in build_rows(examples, 64, share=False)]
         reference = [self.logits(single) for single in singles]
         self.logit_shape = self._find_logit_shape(singles, reference)
         if self.why_not is not None:
             return
-        if self.is_bloom:
+        if isinstance(self.base, BloomForCausalLM):
             bloom.install(self.base, backend)
         else:
             self.base.set_attn_implementation(backend)
@@ -107,11 +110,11 @@ class TreeLM:
         self.why_not = self._compare(tree, row, examples, reference)
         if self.why_not is not None:
             self.on_trees = False
-            if not self.is_bloom:
+            if not isinstance(self.base, BloomForCausalLM):
                 self.base.set_attn_implementation(own)
 
     def _find_logit_shape(self, singles: Sequence[TreeRow], reference: Sequence[Tensor]) -> LogitShape | None:
-        """How the logits follow from the decoder's states, checked against the model's own; None if not in this form."""
+        """How the logits follow from the decoder's states, checked against the model's own; None if in no such form."""
         if self.decoder is self.base or self.base.get_output_embeddings() is None:
             return None
         config = self.base.config.to_dict()
@@ -124,9 +127,7 @@ class TreeLM:
                 return None
         return shape
 
-    def _compare(
-        self, tree: TreeRow, row: Row, examples: Sequence[Example], reference: Sequence[Tensor]
-    ) -> str | None:
+    def _compare(self, tree: TreeRow, row: Row, examples: Sequence[Example], reference: Sequence[Tensor]) -> str | None:
         """Why the logits on the tree are not those of the examples one by one; None if they are."""
         try:
             with watch_masks() as windows_of_masks:
@@ -137,7 +138,7 @@ class TreeLM:
             return f"its forward does not take a row ({type(error).__name__}: {str(error).splitlines()[0]})"
         if not tree.calls:
             return "its attention asks for no attention function (recurrent, or code of its own)"
-        if windows_of_masks != tree.windows and not self.is_bloom:
+        if windows_of_masks != tree.windows:
             return (
                 f"its masks use windows of {sorted(windows_of_masks)} tokens "
                 f"but its attention is told of {sorted(tree.windows)}"

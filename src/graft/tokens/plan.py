@@ -49,7 +49,7 @@ class Plan:
         return wanted if self.max_steps is None else min(wanted, self.max_steps)
 
     def step(self, number: int) -> npt.NDArray[np.int64]:
-        """Indices of the conversations of step `number` (0-based); one that repeats within a step stands in it twice."""
+        """Indices of the conversations of step `number` (0-based); one that repeats in a step stands there twice."""
         epoch, index = divmod(number, self._per_epoch())
         parts = np.array_split(self.epoch_order(epoch), self._per_epoch())
         return np.asarray(parts[index], dtype=np.int64)

@@ -20,6 +20,20 @@ ANSWER = "Qz7GraftAnswer7zQ"
 THOUGHT = "Qz7GraftThought7zQ"
 ARGUMENT = "Qz7GraftArgument7zQ"
 
+_CALL = {"type": "function", "id": "abcdefghi", "function": {"name": "look", "arguments": {"at": ARGUMENT}}}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Look there.",
+        "parameters": {
+            "type": "object",
+            "properties": {"at": {"type": "string", "description": "Where."}},
+            "required": ["at"],
+        },
+    },
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Scene:
@@ -132,12 +146,12 @@ def wants_parts(renderer: Renderer) -> bool:
 
 def wants_string_arguments(renderer: Renderer) -> bool:
     """Whether the template raises on tool-call arguments given parsed and writes them given as JSON text."""
-    call = {"type": "function", "id": "abcdefghi", "function": {"name": "look", "arguments": {"at": ARGUMENT}}}
-    turns = [Message("user", "Hi"), Message("assistant", "", tool_calls=(call,))]
+    turns = [Message("user", "Hi"), Message("assistant", "", tool_calls=(_CALL,))]
     for strings in (False, True):
-        with contextlib.suppress(TemplateRefused):
-            replace(renderer, string_arguments=strings).render(turns, generation_prompt=False)
-            return strings
+        for tools in ((), (_TOOL,)):
+            with contextlib.suppress(TemplateRefused):
+                replace(renderer, string_arguments=strings).render(turns, tools, generation_prompt=False)
+                return strings
     return False
 
 
@@ -154,20 +168,19 @@ def default_system(renderer: Renderer) -> str:
 
 def stops_of_template(renderer: Renderer, known: Sequence[int]) -> list[int]:
     """Ids that the template writes at the end of an assistant turn: of a plain answer, and of a tool call."""
-    call = {"type": "function", "function": {"name": "look", "arguments": {"at": ARGUMENT}}}
     found: list[int] = []
-    for target in (Message("assistant", ANSWER), Message("assistant", "", tool_calls=(call,))):
-        try:
-            scene = Scene(renderer, [Message("user", "Hi")], target, (), False)
-            shape = render_shape(scene, target, "")
-        except TemplateRefused:
-            continue
-        if target.tool_calls and not shape.keeps_call:
-            continue
-        stop = stop_in(renderer, shape.suffix, [*known, *found], not target.tool_calls)
-        stop_id = stop[1] if stop is not None else None if target.tool_calls else stop_before_next(renderer)
-        if stop_id is not None and stop_id not in found:
-            found.append(stop_id)
+    for target in (Message("assistant", ANSWER), Message("assistant", "", tool_calls=(_CALL,))):
+        for tools in ((), (_TOOL,)):
+            try:
+                shape = render_shape(Scene(renderer, [Message("user", "Hi")], target, tools, False), target, "")
+            except TemplateRefused:
+                continue
+            if target.tool_calls and not shape.keeps_call:
+                continue
+            stop = stop_in(renderer, shape.suffix, [*known, *found], not target.tool_calls)
+            stop_id = stop[1] if stop is not None else None if target.tool_calls else stop_before_next(renderer)
+            if stop_id is not None and stop_id not in found:
+                found.append(stop_id)
     return found
 
 

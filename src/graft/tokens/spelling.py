@@ -48,7 +48,7 @@ def response_ids(renderer: Renderer, turn: Turn, prompt_ids: list[int], full_ids
 
 
 def _says(renderer: Renderer, prompt_ids: list[int], answer: list[int], text: str) -> bool:
-    """Whether ids decode to a text, by themselves or behind the prompt's last ids (SentencePiece drops first blanks)."""
+    """Whether ids decode to a text, by themselves or behind the prompt's last ids: decoding may drop a first blank."""
     if renderer.decode(answer) == text:
         return True
     lead = renderer.decode(prompt_ids[-4:])

@@ -1,6 +1,6 @@
 """A training run from settings to final folder, in the order in which things happen.
 
-    prepare data -> load model -> validate -> (rows -> gradient -> update -> log, validate, save)* -> final folder
+prepare data -> load model -> validate -> (rows -> gradient -> update -> log, validate, save)* -> final folder
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 import yaml
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
 
 from graft.config import Train
 from graft.console import Advance, note, progress, warn
@@ -58,7 +61,9 @@ def train(settings: Train) -> RunFolder:
         try:
             fit.loop(stop, advance)
         except Diverged as error:
-            raise Diverged(f"{error}. The last good checkpoint is {newest_checkpoint(run) or 'the base model'}") from None
+            raise Diverged(
+                f"{error}. The last good checkpoint is {newest_checkpoint(run) or 'the base model'}"
+            ) from None
     fit.finish()
     return run
 
@@ -118,9 +123,7 @@ class Fit:
         self.parameters = trainable(self.lm.model)
         embeddings = {id(self.lm.base.get_input_embeddings().weight)}
         self.optimizer = make_optimizer(self.parameters, embeddings, settings)
-        self.stepper = Stepper(
-            self.lm, self.parameters, self.optimizer, self.precision, settings.clip, settings.seed
-        )
+        self.stepper = Stepper(self.lm, self.parameters, self.optimizer, self.precision, settings.clip, settings.seed)
         self.state = State(step=0, made_of=prepared.made_of)
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -166,7 +169,9 @@ class Fit:
             save_model(self.lm.model, self.prepared.renderer, aside, self.final_dtype)
             put_in_place(aside, self.run.final)
         except OSError as error:
-            raise InputError(f"{self.run.final}: cannot be saved ({error.strerror}); free some space and resume") from None
+            raise InputError(
+                f"{self.run.final}: cannot be saved ({error.strerror}); free some space and resume"
+            ) from None
         if self.stepper.skipped:
             warn(f"{self.stepper.skipped} of {self.total_steps} steps were skipped because they were not finite")
 
@@ -246,7 +251,10 @@ class Fit:
         if self.stepper.skipped:
             row["skipped"] = self.stepper.skipped
         # JSON has no NaN: a reader in another language must not choke on the one line that matters most.
-        append_jsonl(self.run.metrics, {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
+        append_jsonl(
+            self.run.metrics,
+            {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()},
+        )
 
     def _trace(self, step: int, examples: Any, rows: Any) -> None:
         ids = list(dict.fromkeys(example.conversation for example in examples))
@@ -274,7 +282,11 @@ class Fit:
         """What was logged after the checkpoint will be logged again."""
         for path in (self.run.metrics, self.run.trace):
             if path.is_file():
-                rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+                rows = [
+                    json.loads(line)
+                    for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+                    if line.endswith("\n")
+                ]
                 kept = [row for row in rows if self.settings.resume and row["step"] <= step and (step > 0)]
                 write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
@@ -296,6 +308,7 @@ def load_for_training(
     Also returns the number format of the final folder of a full fine-tuning: that of the model it began with.
     """
     start = checkpoint or (Path(settings.init_from) if settings.init_from else None)
+    model: PreTrainedModel | PeftModel
     if settings.method == "lora":
         base = load_base(settings.model, precision.frozen, settings.trust_remote_code)
         final_dtype = base.dtype
@@ -308,7 +321,7 @@ def load_for_training(
         final_dtype = stored_dtype(settings.model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.to(device)
+    nn.Module.to(model, device)
     return TreeLM(model, trees=settings.trees), final_dtype
 
 

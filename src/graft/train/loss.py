@@ -52,7 +52,7 @@ def linear_nll(hidden: Tensor, head: nn.Module, shape: LogitShape, labels: Tenso
         if not torch.is_autocast_enabled(hidden.device.type):
             dtype = head.weight.dtype
         grads = torch.is_grad_enabled()
-        nll, correct = _LinearNLL.apply(hidden, head.weight, head.bias, labels, weights, shape, dtype, grads)
+        nll, correct = _LinearNLL.apply(hidden, head.weight, head.bias, labels, weights, shape, dtype, grads)  # type: ignore[no-untyped-call]
         return Summed(nll, correct)
     total = hidden.new_zeros((), dtype=torch.float32)
     correct = hidden.new_zeros((), dtype=torch.float32)
@@ -104,7 +104,9 @@ class _LinearNLL(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if wants[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants[1] else None
         grad_bias = torch.zeros_like(weight[:, 0], dtype=torch.float32) if bias is not None and wants[2] else None
-        total = torch.zeros((), dtype=torch.float64 if hidden.device.type == "cpu" else torch.float32, device=hidden.device)
+        total = torch.zeros(
+            (), dtype=torch.float64 if hidden.device.type == "cpu" else torch.float32, device=hidden.device
+        )
         correct = torch.zeros((), dtype=torch.float32, device=hidden.device)
         chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, hidden.shape[0], chunk):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from graft.config import Source, Train
@@ -49,20 +49,26 @@ def prepare(settings: Train, run: RunFolder) -> Prepared:
     vocabulary = vocabulary_size(settings.model, settings.trust_remote_code)
     loaded = _load(settings.data)
     parts, val, test = _parts(settings, loaded)
-    held_out = Parts(parts.train, val, test)
+    held_out = replace(parts, val=val, test=test)
     stores = [encode_stored(part, renderer, settings.encode) for part in (held_out.train, held_out.val)]
     rejects = [*loaded.rejects, *(reject for store in stores for reject in store.rejects)]
     write_rejects(run.rejects, rejects)
     refuse_if_too_many(rejects, loaded.read, settings.max_rejected)
     train, validation = stores
     for text, count in train.notes.items():
-        note(f"{text} ({count} times)" if count != 1 else text)
+        if count:
+            note(f"{text}: {count}")
     if not len(train):
         raise InputError(f"no conversation is left to train on of {loaded.read} read; see {run.rejects}")
     _check_vocabulary(settings.model, train, vocabulary)
     _write_held_out(run, held_out)
-    plan = Plan(_repeats(settings.data, held_out.train, train), settings.batch_size, settings.epochs, settings.seed,
-                settings.max_steps)
+    plan = Plan(
+        _repeats(settings.data, held_out.train, train),
+        settings.batch_size,
+        settings.epochs,
+        settings.seed,
+        settings.max_steps,
+    )
     counts = {
         "read": loaded.read,
         "rejected": len(rejects),
@@ -90,6 +96,8 @@ def _parts(settings: Train, loaded: Loaded) -> tuple[Parts, list[Conversation], 
     )
     val = _load(settings.val).conversations if settings.val else parts.val
     test = _load(settings.test).conversations if settings.test else parts.test
+    for text in parts.notes:
+        warn(text)
     if not val:
         warn("there is no validation data: overfitting will not be seen; give --val FILE or a larger split.val")
     return parts, list(val), list(test)
@@ -111,7 +119,9 @@ def _write_held_out(run: RunFolder, parts: Parts) -> None:
             write_conversations(run.data / f"{name}.jsonl", part)
 
 
-def _repeats(sources: Sequence[Source], conversations: Sequence[Conversation], store: ExampleStore) -> tuple[float, ...]:
+def _repeats(
+    sources: Sequence[Source], conversations: Sequence[Conversation], store: ExampleStore
+) -> tuple[float, ...]:
     weight = {source.path: source.weight for source in sources}
     of_conversation = {conversation.id: weight[conversation.source] for conversation in conversations}
     return tuple(of_conversation[name] for name in store.conversations)

@@ -51,7 +51,7 @@ class Stepper:
         with self.precision.autocast(self.lm.device):
             nll = row_loss(self.lm, TreeRow.of(row, self.lm.device)).nll
         if weight and nll.requires_grad:
-            self.scaler.scale(nll / weight).backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(nll / weight).backward()
         return float(nll.detach())
 
     def update(self, loss: float, step: int) -> float:
@@ -92,5 +92,3 @@ class Stepper:
             if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
                 return f"first in {name}"
         return None
-
-

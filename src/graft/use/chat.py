@@ -6,7 +6,7 @@ Speaks messages and text; prints nothing, so that everything here can be tested 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -105,10 +105,10 @@ class ChatSession:
     def __post_init__(self) -> None:
         self._start()
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str]:
         """Pieces of the answer to a new question, as they come.
 
-        The answer joins the history when it ends, also when the reader stops early (what was said until then). Where
+        The answer joins the history when it ends, or when the reader closes it early (what was said until then). Where
         nothing could be said the question is taken back.
 
         Raises:
@@ -118,7 +118,7 @@ class ChatSession:
         self.messages.append(Message("user", text))
         return self.answer()
 
-    def answer(self) -> Iterator[str]:
+    def answer(self) -> Generator[str]:
         """Pieces of the answer to the last message of the history, which is the user's."""
         detokenizer = Detokenizer(self.renderer.decode)
         said: list[str] = []
