@@ -390,6 +390,35 @@ def test_stops_are_gathered_from_everywhere(tmp_path: Path, monkeypatch: pytest.
     assert (r.date, r.template_name) == (DAY, "model")
 
 
+def test_a_tokenizer_without_eos(tmp_path: Path):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    r = load_renderer(str(tmp_path))
+    assert any("only raw text" in note for note in r.notes)
+    assert isinstance(encode.encode(talk("u:Hi", "a:Yes."), r, ROOMY), Reject | list)
+    (piece,) = encode.encode(talk(text="the end"), r, ROOMY)
+    assert r.decode(piece.ids.tolist()) == "the end"
+    with pytest.raises(InputError, match="no EOS token"):
+        load_renderer(str(tmp_path), "alpaca")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 262}')
+    assert load_renderer(str(tmp_path), "alpaca").tokenizer.eos_token == "</s>"
+
+
+def test_characters_that_a_tokenizer_lacks():
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "</s>": 3, "Hi": 4}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<unk>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    r = renderer(
+        "{%- for m in messages %}{{- m.content + ' ' + (eos_token if m.role == 'assistant' else '') }}{%- endfor %}",
+        tokenizer,
+    )
+    found = encode.encode_all([talk("u:Hi", "a:a b c"), talk("u:Hi", "a:x y")], r, ROOMY)
+    assert found.notes == {spelling.UNSPELLED: 1}
+    assert "does not give the answer back" in found.rejects[0].reason
+
+
 def test_a_template_for_tools_is_used_with_tools(tmp_path: Path):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = {"default": CHATML, "tool_use": "{{- tools | length }}" + CHATML}

@@ -16,7 +16,7 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import make_conversations, make_model_folder, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, GPT2Config
 
 from graft.config import Train, load_train
 from graft.errors import DataRefused, Diverged, InputError, Interrupted
@@ -345,3 +345,9 @@ def test_the_learning_rate_is_a_pure_function_of_the_step():
     assert [learning_rate(step, 4, linear) for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
     constant = load_train(None, ["model=m", "data=d", "lr=1.0", "schedule=constant"])
     assert learning_rate(99, 100, constant) == 1.0
+
+
+def test_a_table_of_positions_that_is_too_short_is_named(tmp_path):
+    base = make_model_folder(tmp_path / "gpt2", GPT2Config, n_embd=32, n_layer=2, n_head=4, n_positions=24)
+    with pytest.raises(InputError, match="has positions for 24 tokens, the longest example has"):
+        train(settings_for(base, tmp_path))

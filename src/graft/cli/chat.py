@@ -27,6 +27,9 @@ from graft.cli.options import (
 if TYPE_CHECKING:
     from graft.use.chat import ChatSession
 
+# A model's control characters must not move the cursor or recolour the terminal; tab and newline may stay.
+_UNSAFE = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+
 
 def chat(
     model: ModelPath,
@@ -116,7 +119,7 @@ def _show(session: ChatSession, pieces: Generator[str]) -> None:
     # Closing at once lets the session note what was said: the interrupt may come while a piece is being written.
     with suppress(KeyboardInterrupt), closing(pieces):
         for piece in pieces:
-            sys.stdout.write(piece)
+            sys.stdout.write(piece if not sys.stdout.isatty() else piece.translate(_UNSAFE))
             sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stdout.flush()

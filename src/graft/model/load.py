@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ def load_model(
 ) -> LoadedModel:
     """Load a model folder, or an adapter folder onto its base, for inference.
 
-    `base` replaces the path that the adapter names.
+    `base` is the model that an adapter sits on; it is needed for an adapter folder and not looked at for others.
 
     Raises:
         InputError: the folder is missing, incomplete, or not of a causal language model.
@@ -49,7 +48,7 @@ def load_model(
     dtype = pick_precision(precision, where).compute
     adapter = (folder / "adapter_config.json").is_file()
     if adapter and base is None:
-        base = adapter_base(folder)
+        raise InputError(f"{folder}: an adapter; give the model that it sits on with --base PATH")
     plain = load_base(base if adapter and base else str(folder), dtype, trust_remote_code)
     model: PreTrainedModel | PeftModel = load_adapter(plain, folder, trainable=False) if adapter else plain
     nn.Module.to(model, where)
@@ -102,23 +101,6 @@ def vocabulary_size(path: str, trust_remote_code: bool = False) -> int | None:
         raise InputError(f"model {path}: its config cannot be read: {_first_line(error)}") from None
     size = config.get_text_config().to_dict().get("vocab_size")
     return size if isinstance(size, int) else None
-
-
-def adapter_base(folder: Path) -> str:
-    """The base model that an adapter names, looked for from here and from the adapter's folder.
-
-    Raises:
-        InputError: it names none, or one that is not there.
-    """
-    named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not named:
-        raise InputError(f"{folder}: adapter_config.json names no base model; give it with --base PATH")
-    for candidate in (Path(named), folder / named):
-        if candidate.is_dir():
-            return str(candidate)
-    if Path(named).is_absolute() or named.startswith("."):
-        raise InputError(f"{folder}: its base model {named} is not there; give its place with --base PATH")
-    return str(named)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftModel:

@@ -190,10 +190,12 @@ def load_renderer(
     """
     day = _parse_date(date)
     tokenizer = _load_tokenizer(model_path, trust_remote_code)
-    name, text, tool_text, notes = _choose_template(tokenizer, template, model_path)
+    generation_stops = _generation_stops(model_path)
+    notes = _give_eos(tokenizer, generation_stops)
+    name, text, tool_text = _choose_template(tokenizer, template, model_path, notes)
     tokenizer.chat_template = text if tool_text is None else {"default": text, "tool_use": tool_text}
     plain = Renderer(tokenizer, text, name, day, (), tool_text, chat_template.switches_of(text + (tool_text or "")))
-    return finish(plain, _generation_stops(model_path), notes)
+    return finish(plain, generation_stops, notes)
 
 
 def finish(plain: Renderer, generation_stops: Sequence[int], notes: Sequence[str]) -> Renderer:
@@ -254,31 +256,44 @@ def _load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedToken
     return tokenizer
 
 
+def _give_eos(tokenizer: PreTrainedTokenizerBase, generation_stops: Sequence[int]) -> list[str]:
+    """Name the EOS token of a tokenizer that has none by what generation stops at; says so."""
+    # Only a token that stands apart from text can end it: id 0 of a byte-level vocabulary is a byte like any other.
+    known = [stop for stop in generation_stops if stop in tokenizer.added_tokens_decoder]
+    if tokenizer.eos_token_id is not None or not known:
+        return []
+    tokenizer.eos_token = str(tokenizer.convert_ids_to_tokens(known[0]))
+    return [f"the tokenizer names no EOS token; generation_config's {tokenizer.eos_token!r} is used"]
+
+
 def _choose_template(
-    tokenizer: PreTrainedTokenizerBase, wanted: str | None, model_path: str
-) -> tuple[str, str, str | None, list[str]]:
-    """Name, text, text for talk with tools where that differs, and notes."""
+    tokenizer: PreTrainedTokenizerBase, wanted: str | None, model_path: str, notes: list[str]
+) -> tuple[str, str, str | None]:
+    """Name, text, and the text for talk with tools where that differs; what was decided is added to `notes`."""
     own = tokenizer.chat_template
     if wanted is None and own:
         if isinstance(own, str):
-            return "model", own, None, []
+            return "model", own, None
         default = own.get("default") or own.get("tool_use")
         if default is None:
             names = ", ".join(sorted(own))
             raise InputError(f"{model_path}: has chat templates {names}, but no default; name a Jinja file as template")
-        return "model", default, own.get("tool_use"), []
-    notes = [] if wanted is not None else ["the model has no chat template; graft's `chatml` is used (see --template)"]
+        return "model", default, own.get("tool_use")
+    if wanted is None:
+        notes.append("the model has no chat template; graft's `chatml` is used (see --template)")
     name = wanted or "chatml"
     if name not in chat_template.OURS:
-        return name, chat_template.read_template_file(name), None, notes
+        return name, chat_template.read_template_file(name), None
     if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"{model_path}: its tokenizer has no EOS token, and template `{name}` needs one to end an answer; "
-            "set eos_token in tokenizer_config.json"
-        )
+        if wanted is not None:
+            raise InputError(
+                f"{model_path}: its tokenizer has no EOS token, and template `{name}` needs one to end an answer; "
+                "set eos_token in tokenizer_config.json"
+            )
+        notes.append("the tokenizer has no EOS token either: only raw text can be trained on")
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    return name, chat_template.our_template(name, adds_bos, "<|im_end|>" in tokenizer.get_added_vocab()), None, notes
+    return name, chat_template.our_template(name, adds_bos, "<|im_end|>" in tokenizer.get_added_vocab()), None
 
 
 def _generation_stops(model_path: str) -> list[int]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from graft.tokens.renderer import Renderer
 from graft.tokens.response import Turn
 
-UNSPELLED = "answers with characters that the tokenizer lacks: they become its unknown token"
+UNSPELLED = "answers with characters that the tokenizer lacks: they are lost, or become its unknown token"
 INEXACT = "answers whose blanks or composed characters the tokenizer does not reproduce exactly"
 
 
@@ -108,18 +108,28 @@ def check(renderer: Renderer, turn: Turn, prompt_ids: list[int], answer: list[in
 def inexact_reason(renderer: Renderer, turn: Turn, answer: list[int]) -> str:
     """The note for ids that do not decode to the very text but still say the same.
 
-    Some tokenizers compose characters (NFC), or set or eat blanks around control tokens; some lack characters.
+    Some tokenizers compose characters (NFC), or set or eat blanks around control tokens; some lack characters, and drop
+    them or write their unknown token.
 
     Raises:
-        Unfit: they say something else.
+        Unfit: the ids say something else, or nothing.
     """
     spelled = renderer.decode(answer)
-    unknown = renderer.tokenizer.unk_token_id
-    if unknown is not None and unknown in answer:
-        return UNSPELLED
-    if _plain_text(spelled) == _plain_text(turn.response):
+    wanted, given = _plain_text(turn.response), _plain_text(spelled)
+    if wanted == given:
         return INEXACT
+    stop = _plain_text(str(renderer.tokenizer.convert_ids_to_tokens(turn.stop_id)))
+    unknown = renderer.tokenizer.unk_token_id
+    if unknown is not None and set(answer[:-1]) - {unknown} and unknown in answer:
+        return UNSPELLED
+    if given.removesuffix(stop) and _is_subsequence(given, wanted):
+        return UNSPELLED
     raise Unfit(f"the tokenizer does not give the answer back: {turn.response[:40]!r} became {spelled[:40]!r}")
+
+
+def _is_subsequence(part: str, whole: str) -> bool:
+    rest = iter(whole)
+    return all(char in rest for char in part)
 
 
 def _plain_text(text: str) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from peft import PeftModel
@@ -120,6 +121,7 @@ class Fit:
         self.precision = pick_precision(settings.precision, device)
         checkpoint = newest_checkpoint(run) if settings.resume else None
         self.lm, self.final_dtype = load_for_training(settings, self.precision, device, checkpoint)
+        check_context(self.lm, settings.model, longest_example(prepared))
         self.parameters = trainable(self.lm.model)
         embeddings = {id(self.lm.base.get_input_embeddings().weight)}
         self.optimizer = make_optimizer(self.parameters, embeddings, settings)
@@ -295,8 +297,8 @@ class Fit:
         total = sum(p.numel() for p in self.lm.model.parameters())
         how = "on token trees" if self.lm.on_trees else f"one example per row, since {self.lm.why_not}"
         note(
-            f"{self.settings.method}: {trained:,} of {total:,} parameters, {self.precision.compute} on {self.lm.device}, "
-            f"{how}; {self.total_steps} steps"
+            f"{self.settings.method}: {trained:,} of {total:,} parameters, "
+            f"{self.precision.compute} on {self.lm.device}, {how}; {self.total_steps} steps"
         )
 
 
@@ -323,6 +325,30 @@ def load_for_training(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     nn.Module.to(model, device)
     return TreeLM(model, trees=settings.trees), final_dtype
+
+
+def longest_example(prepared: Prepared) -> int:
+    """Tokens of the longest example of training or validation."""
+    lengths = [int(np.diff(store.start).max()) for store in (prepared.train, prepared.val) if len(store)]
+    return max(lengths)
+
+
+def check_context(lm: TreeLM, model: str, longest: int) -> None:
+    """Say when examples are longer than the context that the model was made for.
+
+    Raises:
+        InputError: its positions are a table, so that there is none for the tokens beyond.
+    """
+    limit = lm.base.config.to_dict().get("max_position_embeddings") or lm.base.config.to_dict().get("n_positions")
+    if not isinstance(limit, int) or longest <= limit:
+        return
+    tables = [m for m in lm.base.modules() if isinstance(m, nn.Embedding) and m is not lm.embedding]
+    if any(limit <= table.num_embeddings <= limit + 2 for table in tables):  # OPT's table has two rows more
+        raise InputError(
+            f"{model}: has positions for {limit} tokens, the longest example has {longest}; "
+            f"set encode.max_length={limit} or less"
+        )
+    warn(f"{model} was made for {limit} tokens; the longest example has {longest}. It may not do well beyond {limit}")
 
 
 def stored_dtype(model: str) -> torch.dtype:

@@ -78,7 +78,7 @@ class Stepper:
         if self.skipped_in_a_row >= MOST_SKIPPED:
             raise Diverged(
                 f"step {step}: loss {loss} and gradient norm {float(norm)} are not finite for the "
-                f"{self.skipped_in_a_row}th step in a row ({culprit or 'the loss itself'}); nothing of them was applied. "
+                f"{self.skipped_in_a_row}th step in a row ({culprit or 'the loss itself'}); none of them was applied. "
                 "Lower lr, or use precision=bf16 or fp32"
             )
         return float(norm)
