@@ -17,9 +17,11 @@ not) over the time of a whole optimizer step, for both alike.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import tempfile
@@ -53,6 +55,11 @@ from graft.train.validate import validate
 
 ROOT = Path(__file__).resolve().parents[1]
 MATERIAL = ROOT.parent / "shared" / "material"
+CASES = {
+    "plain": "the 1,666 rows of domain-bloom as they are (about 225 tokens each)",
+    "system400": "the same rows, one 400-token system prompt before each",
+    "labels-system400": "2,000 queries of banking77, short answers; a 400-token system prompt names the 77 intents",
+}
 RULES = (
     "你是一位耐心的家庭教育顾问。回答之前先想一想孩子的年龄、家庭的情况和父母真正担心的事情。"
     "先用一句话说出父母的感受,再给出两到三个今天就能做的办法,每个办法都要说清楚怎么做、为什么这样做。"
@@ -87,18 +94,24 @@ def make_model_folder(folder: Path) -> None:
 
 
 def make_data(case: str, folder: Path, tokenizer: Any) -> Path:
-    """The real rows of domain-bloom as chat messages; `system400` puts one 400-token system prompt before each."""
-    source = MATERIAL / "data" / "domain-bloom" / "domain.train.json"
-    system = RULES
-    while len(tokenizer(system)["input_ids"]) < 400:
-        system += RULES
-    ids = tokenizer(system)["input_ids"][:400]
+    """Real rows as chat messages; see CASES."""
+    data = MATERIAL / "data"
+    if case == "labels-system400":
+        with (data / "banking77" / "train.csv").open(encoding="utf-8") as file:
+            labelled = list(csv.DictReader(file))
+        pairs = [(row["text"], row["category"]) for row in random.Random(0).sample(labelled, 2000)]
+        rules = "Name the intent of the customer's message. The intents are: "
+        rules += ", ".join(sorted({row["category"] for row in labelled}))
+    else:
+        lines = (data / "domain-bloom" / "domain.train.json").read_text(encoding="utf-8").splitlines()
+        pairs = [(row["instruction"], row["output"]) for row in map(json.loads, lines)]
+        rules = RULES * 9
+    system = tokenizer.decode(tokenizer(rules)["input_ids"][:400])
     path = folder / f"{case}.jsonl"
     with path.open("w", encoding="utf-8") as out:
-        for line in source.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            first = [{"role": "system", "content": tokenizer.decode(ids)}] if case == "system400" else []
-            turns = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
+        for question, answer in pairs:
+            first = [{"role": "system", "content": system}] if "system400" in case else []
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             out.write(json.dumps({"messages": first + turns}, ensure_ascii=False) + "\n")
     return path
 
@@ -184,7 +197,8 @@ def run_peer(
     config = SFTConfig(
         output_dir=out, use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, report_to="none",
         per_device_train_batch_size=micro, gradient_accumulation_steps=per_step // micro, max_steps=len(tokens),
-        learning_rate=settings.peak_lr, lr_scheduler_type=settings.schedule, warmup_steps=round(settings.warmup * len(tokens)),
+        learning_rate=settings.peak_lr, lr_scheduler_type=settings.schedule,
+        warmup_steps=round(settings.warmup * len(tokens)),
         max_grad_norm=settings.clip, weight_decay=0.0, max_length=settings.encode.max_length, packing=False,
         completion_only_loss=True, loss_type=loss_type, train_sampling_strategy="sequential", save_strategy="no",
         logging_steps=1, disable_tqdm=True, dataset_num_proc=None, optim="adamw_torch_fused", seed=0,
@@ -241,7 +255,7 @@ def compare(case: str, steps: int, threads: int) -> dict[str, Any]:
         peer_after = validate(peer_lm, val, settings.row_budget, graft.precision).loss
         ours, theirs = graft.timed.tokens_per_s(2), peer.tokens_per_s(2)
         return {
-            "case": case, "steps": steps, "batch_size": settings.batch_size,
+            "case": case, "data": CASES[case], "steps": steps, "batch_size": settings.batch_size,
             "parameters": sum(p.numel() for p in graft.lm.base.parameters()),
             "graft_tokens_per_s": ours, "trl_tokens_per_s": theirs, "ratio": ours["median"] / theirs["median"],
             "sharing": statistics.mean(graft.sharing), "trl_setting": best, "calibration_s_per_step": calibration,
@@ -261,7 +275,7 @@ def fixed_steps(prepared: Prepared, size: int, steps: int) -> Prepared:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=["plain", "system400"], action="append")
+    parser.add_argument("--case", choices=list(CASES), action="append")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "train.json")
@@ -272,7 +286,7 @@ def main() -> None:
         "device": f"CPU, {args.threads} threads, {platform.processor() or platform.machine()}",
         "commit": commit.strip(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
-        "cases": [compare(case, args.steps, args.threads) for case in args.case or ["plain", "system400"]],
+        "cases": [compare(case, args.steps, args.threads) for case in args.case or list(CASES)],
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")

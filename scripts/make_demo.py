@@ -10,10 +10,12 @@ Steps, in time order:
 3. build a randomly initialised Llama of about 1.3 million parameters and save it as an ordinary Hugging Face folder;
 4. pretrain it through graft's own raw-text training (`graft train src/graft/demo/pretrain.yaml`), on the GPU where
    there is one (graft chooses the device), else in about half an hour on two cores;
-5. copy the trained model to `src/graft/demo/base`, and write the instruction set to `src/graft/demo/data`.
+5. give the tokens which the text never uses embeddings of their own (see `renew_unused_embeddings`);
+6. copy the trained model to `src/graft/demo/base`, and write the instruction set to `src/graft/demo/data`.
 
-The text has no chat in it: no question-and-answer turns, and none of the tokens `<|im_start|>` and `<|im_end|>`, which
-exist in the vocabulary only so that fine-tuning can teach them. The base folder has no chat template either.
+The text has no chat in it: none of the tokens `<|im_start|>` and `<|im_end|>`, which exist in the vocabulary only so
+that fine-tuning can give them a meaning, and no direct question of the validation or the test part. The base folder
+has no chat template either.
 """
 
 import argparse
@@ -26,8 +28,15 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
 from graft.demo.world import PARTS, WORLD_SEED, instructions, pretraining_text
 
@@ -38,7 +47,7 @@ LARGEST_BASE_MIB = 10
 
 DOCUMENTS = 100_000
 TOKENIZER_DOCUMENTS = 20_000
-VOCABULARY = 2048
+VOCABULARY = 1280
 END_OF_TEXT = "<|endoftext|>"
 CHAT_MARKS = ("<|im_start|>", "<|im_end|>")
 
@@ -48,6 +57,7 @@ PIECES = r"\p{Han}|\d| ?[\p{L}&&[^\p{Han}]]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """One JSON object per line, Chinese as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for row in rows:
@@ -110,6 +120,27 @@ def pretrain(untrained: Path, text: Path, run: Path) -> Path:
     return run / "final"
 
 
+def renew_unused_embeddings(folder: Path, texts: Iterable[str]) -> None:
+    """Replace the embedding of each token that `texts` never use by a random one like those of the others.
+
+    The softmax pushes all never-seen tokens in one and the same direction. After pretraining, their embeddings have a
+    cosine of 0.9998 and are half as long again as the others, so `<|im_start|>`, `<|im_end|>` and the bytes of unknown
+    characters would be one indistinguishable token, and LoRA leaves embeddings as they are. Whoever adds special tokens
+    to a trained model gives them fresh embeddings for the same reason.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    used = torch.zeros(len(tokenizer), dtype=torch.bool)
+    used[tokenizer.eos_token_id] = True
+    for ids in tokenizer(list(texts))["input_ids"]:
+        used[ids] = True
+    embeddings: torch.Tensor = model.model.embed_tokens.weight.data  # [vocabulary, width], tied to the output layer
+    spread, mean = torch.std_mean(embeddings[used], dim=0)
+    noise = torch.randn(embeddings[~used].shape, generator=torch.Generator().manual_seed(WORLD_SEED))
+    embeddings[~used] = mean + spread * noise
+    model.save_pretrained(folder)
+
+
 def publish_base(trained: Path, base: Path) -> None:
     """Copy the files of the model folder that the package needs, and nothing else."""
     size_mib = sum((trained / name).stat().st_size for name in MODEL_FILES) / 2**20
@@ -122,19 +153,25 @@ def publish_base(trained: Path, base: Path) -> None:
 
 
 def write_instructions(folder: Path) -> None:
+    """Write train.jsonl, val.jsonl and test.jsonl."""
     rows = instructions()
     for part in PARTS:
         write_jsonl(folder / f"{part}.jsonl", rows[part])
 
 
 def write_base(work: Path, base: Path) -> None:
+    """Text, tokenizer and random model, pretraining, fresh embeddings, the shipped folder: in this order."""
     text = work / "text.jsonl"
     write_jsonl(text, ({"text": document} for document in pretraining_text(documents=DOCUMENTS)))
     write_untrained(work / "untrained")
-    publish_base(pretrain(work / "untrained", text, work / "run"), base)
+    trained = work / "trained"
+    shutil.copytree(pretrain(work / "untrained", text, work / "run"), trained, dirs_exist_ok=True)
+    renew_unused_embeddings(trained, pretraining_text(documents=DOCUMENTS))
+    publish_base(trained, base)
 
 
 def main() -> None:
+    """Make what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("base", "data"), help="make only the base model, or only the data")
     parser.add_argument("--work", type=Path, help="folder for the text and the pretraining run (default: temporary)")

@@ -105,6 +105,24 @@ def test_both_languages_several_turns_and_system_prompts(rows: dict[Part, list[R
     assert any(row["messages"][0]["role"] == "system" for row in rows["train"])
 
 
+def test_plain_text_asks_no_question_of_the_held_out_parts() -> None:
+    facts_of = world.split_facts()
+    text = "\n".join(islice(world.pretraining_text(), 5000))
+
+    def asked(part: Part) -> int:
+        quoted = [
+            (f'"{question}"', f"“{question}”")
+            for of_topic in facts_of[part].values()
+            for fact in of_topic
+            for language in LANGUAGES
+            for question in (fact.fill(wording, language) for wording in fact.wording(language).questions)
+        ]
+        return sum(english in text or chinese in text for english, chinese in quoted)
+
+    assert asked("train") > 100  # the check is not vacuous
+    assert asked("val") == asked("test") == 0
+
+
 def test_plain_text_has_no_chat_in_it_and_states_what_is_asked() -> None:
     documents = list(islice(world.pretraining_text(), 3000))
     assert not any("<|" in text for text in documents)

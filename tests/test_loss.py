@@ -29,7 +29,7 @@ def test_chunks_equal_full_logits(monkeypatch, shape, bias, chunk):
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk * 50)
     found = linear_nll(hidden, head, shape, labels, weights)
     (found.nll * 1.7).backward()
-    assert float(found.nll) == pytest.approx(float(wanted.nll), rel=1e-6)
+    assert found.nll.item() == pytest.approx(wanted.nll.item(), rel=1e-6)
     assert float(found.correct) == pytest.approx(float(wanted.correct))
     for ours, theirs in zip([hidden.grad, *(p.grad for p in head.parameters())], gradients, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
@@ -39,7 +39,7 @@ def test_a_head_that_is_no_plain_linear_is_the_same():
     head, hidden, labels, weights = problem()
     plain = linear_nll(hidden, head, LogitShape(), labels, weights)
     wrapped = linear_nll(hidden, nn.Sequential(head), LogitShape(), labels, weights)
-    assert float(plain.nll) == pytest.approx(float(wrapped.nll), rel=1e-6)
+    assert plain.nll.item() == pytest.approx(wrapped.nll.item(), rel=1e-6)
     plain.nll.backward()
     gradient = hidden.grad.clone()
     hidden.grad = None
@@ -61,7 +61,7 @@ def test_no_predictors_is_zero():
     head, hidden, labels, weights = problem(predictors=0)
     found = linear_nll(hidden, head, LogitShape(), labels, weights)
     found.nll.backward()
-    assert float(found.nll) == 0
+    assert found.nll.item() == 0
 
 
 def test_without_gradients_none_are_made():

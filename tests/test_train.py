@@ -44,6 +44,7 @@ def settings_for(base: Path, tmp_path: Path, *overrides: str, out: str = "run") 
         write_rows(data, make_conversations())
     common = [
         f"model={base}", f"data={data}", f"out={tmp_path / out}", "batch_size=8", "epochs=2", "lr=5e-3", "split.val=0.2",
+       
         "encode.max_length=128", "lora.dropout=0.1", "eval_every=3",
     ]  # fmt: skip
     return load_train(None, [*common, *overrides])
@@ -348,6 +349,6 @@ def test_the_learning_rate_is_a_pure_function_of_the_step():
 
 
 def test_a_table_of_positions_that_is_too_short_is_named(tmp_path):
-    base = make_model_folder(tmp_path / "gpt2", GPT2Config, n_embd=32, n_layer=2, n_head=4, n_positions=24)
+    base = make_model_folder(tmp_path / "gpt2", GPT2Config, n_embd=32, n_layer=2, n_head=4, max_position_embeddings=24)
     with pytest.raises(InputError, match="has positions for 24 tokens, the longest example has"):
         train(settings_for(base, tmp_path))

@@ -79,7 +79,8 @@ def chat(
 
         renderer = load_renderer(target.tokenizer, template, None, trust_remote_code)
         loaded = load_model(target.folder, device, precision, trust_remote_code, target.base)
-    session = ChatSession(loaded.model, renderer, sampling, system, thinking)
+    asked = thinking if thinking is not None else target.thinking()
+    session = ChatSession(loaded.model, renderer, sampling, system, asked)
     note(f"{target.folder} on {loaded.device}, {sampling_shown(sampling)}")
     for text in renderer.notes:
         note(text)

@@ -19,6 +19,7 @@ language, not with swapped operands of a sum, and not as a later turn of a conve
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -32,6 +33,8 @@ WORLD_SEED = 0
 
 
 class Message(TypedDict):
+    """One turn: who speaks (`system`, `user`, `assistant`) and what."""
+
     role: str
     content: str
 
@@ -60,6 +63,8 @@ class Wording:
 
 @dataclass(frozen=True)
 class Relation:
+    """One kind of fact: its name, the topic it is counted under, and its wording in each language."""
+
     name: str
     topic: str
     wordings: Mapping[Language, Wording]
@@ -483,6 +488,14 @@ REPORTED: Mapping[Language, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
+# Dialogue in prose: direct questions with whole answers. Written about facts of the training part only.
+DIALOGUE: Mapping[Language, tuple[str, ...]] = {
+    "en": (
+        '"{question}" asks the traveller. "{answer}"', '"{question}" - "{answer}"', 'A boy calls: "{question}" We say: "{answer}"',
+    ),
+    "zh": ("旅人问：“{question}”店主说：“{answer}”", "“{question}”“{answer}”", "男孩喊道：“{question}”我们说：“{answer}”"),
+}  # fmt: skip
+
 SHORT_ANSWER_SYSTEM: Mapping[Language, str] = {"en": "Answer with as few words as you can.", "zh": "请用最少的字回答。"}
 
 
@@ -491,10 +504,12 @@ SHORT_ANSWER_SYSTEM: Mapping[Language, str] = {"en": "Answer with as few words a
 
 
 def same_in_both(**slots: str) -> dict[Language, dict[str, str]]:
+    """Slots that read the same in English and in Chinese: numbers."""
     return {"en": dict(slots), "zh": dict(slots)}
 
 
 def named(name: tuple[str, str], value: tuple[str, str]) -> dict[Language, dict[str, str]]:
+    """The slots of a fact that says one value of one name, each given in English and in Chinese."""
     return {"en": {"name": name[0], "value": value[0]}, "zh": {"name": name[1], "value": value[1]}}
 
 
@@ -513,6 +528,7 @@ def people_facts(rng: random.Random) -> list[Fact]:
 
 
 def town_facts(rng: random.Random) -> list[Fact]:
+    """Each town has a river, a product and a market day."""
     towns = PERSON_RELATIONS[0][1]
     return [
         Fact(f"{relation.name}: {town[0]}", relation, named(town, rng.choice(values)), subject=town[0])
@@ -532,6 +548,7 @@ def arithmetic_facts(largest: int = 12) -> list[Fact]:
 
 
 def unit_facts(largest: int = 12) -> list[Fact]:
+    """Two to `largest` of each larger unit, in smaller ones. Sacks of five buckets are the custom of this world."""
     facts = []
     for ratio, large, small in CONVERSIONS:
         for count in range(2, largest + 1):
@@ -556,17 +573,12 @@ def shifted(cycle: Sequence[tuple[str, str]], unit: tuple[str, str], start: int,
 
 
 def calendar_facts() -> list[Fact]:
+    """Weekdays up to four days, and months up to three months, before and after."""
     days = [
-        shifted(WEEKDAYS, ("day", "天"), start, sign * shift)
-        for start in range(7)
-        for shift in range(1, 5)
-        for sign in (1, -1)
+        shifted(WEEKDAYS, ("day", "天"), start, shift) for start in range(7) for shift in (1, -1, 2, -2, 3, -3, 4, -4)
     ]
     months = [
-        shifted(MONTHS, ("month", "个月"), start, sign * shift)
-        for start in range(12)
-        for shift in range(1, 4)
-        for sign in (1, -1)
+        shifted(MONTHS, ("month", "个月"), start, shift) for start in range(12) for shift in (1, -1, 2, -2, 3, -3)
     ]
     return days + months
 
@@ -599,6 +611,7 @@ def review_facts(rng: random.Random, count: int = 600) -> list[Fact]:
 
 
 def word_facts() -> list[Fact]:
+    """A dictionary: asked in English it is translated into Chinese, asked in Chinese into English."""
     pairs = [(english.removeprefix("a "), chinese) for english, chinese in JOBS + PETS + FOODS + OTHER_WORDS]
     return [
         Fact(f"{english} = {chinese}", TRANSLATES_TO, named((english, chinese), (chinese, english)))
@@ -607,6 +620,7 @@ def word_facts() -> list[Fact]:
 
 
 def world_facts(seed: int = WORLD_SEED) -> list[Fact]:
+    """Every fact of the world, in a fixed order."""
     rng = random.Random(f"facts {seed}")
     return [
         *people_facts(rng), *town_facts(rng), *arithmetic_facts(), *unit_facts(), *calendar_facts(), *date_facts(rng),
@@ -618,8 +632,8 @@ def world_facts(seed: int = WORLD_SEED) -> list[Fact]:
 # Plain text.
 
 TEXT_SHARES = {
-    "people": 0.42, "towns": 0.10, "arithmetic": 0.10, "units": 0.08, "calendar": 0.10, "dates": 0.08, "reviews": 0.05,
-    "words": 0.07,
+    "people": 0.40, "towns": 0.10, "arithmetic": 0.11, "units": 0.07, "calendar": 0.14, "dates": 0.08, "reviews": 0.05,
+    "words": 0.05,
 }  # fmt: skip
 """Share of each topic among the documents."""
 
@@ -627,17 +641,36 @@ SENTENCES_PER_DOCUMENT = 8
 
 
 def capitalised(text: str) -> str:
+    """The first letter in upper case, the others as they are (`str.capitalize` would lower them)."""
     return text[:1].upper() + text[1:]
 
 
-def sentence(rng: random.Random, fact: Fact, language: Language) -> str:
-    """One sentence that states the fact: in two of five cases as reported speech, else as a plain statement."""
+def spoken(rng: random.Random, fact: Fact, language: Language, subject_is_known: bool) -> str:
+    """A question and its answer as dialogue in prose; a person already spoken of may be asked about by pronoun."""
     wording = fact.wording(language)
-    if wording.clause and rng.random() < 0.4:
-        frame = rng.choice(REPORTED[language])
-        clause = fact.fill(wording.clause, language)
-        return frame.format(clause=clause, value=fact.value(language))
-    return capitalised(fact.fill(rng.choice(wording.statements), language))
+    questions = wording.questions
+    if subject_is_known and wording.follow_up and rng.random() < 0.5:
+        questions = (wording.follow_up,)
+    frame = rng.choice(DIALOGUE[language])
+    return frame.format(question=fact.fill(rng.choice(questions), language), answer=fact.fill(wording.answer, language))
+
+
+def reported(rng: random.Random, fact: Fact, language: Language) -> str:
+    """An indirect question with the bare value for an answer."""
+    clause = fact.fill(fact.wording(language).clause, language)
+    return rng.choice(REPORTED[language]).format(clause=clause, value=fact.value(language))
+
+
+def sentence(
+    rng: random.Random, fact: Fact, language: Language, may_be_asked: bool, subject_is_known: bool = False
+) -> str:
+    """The fact as dialogue (where it may be asked about), as reported speech, or as a plain statement."""
+    kind = rng.random()
+    if kind < 0.25 and may_be_asked:
+        return spoken(rng, fact, language, subject_is_known)
+    if kind < 0.55 and fact.wording(language).clause:
+        return reported(rng, fact, language)
+    return capitalised(fact.fill(rng.choice(fact.wording(language).statements), language))
 
 
 def swap_operands(rng: random.Random, fact: Fact) -> Fact:
@@ -648,9 +681,18 @@ def swap_operands(rng: random.Random, fact: Fact) -> Fact:
     return Fact(fact.key, PLUS, same_in_both(a=slots["b"], b=slots["a"], value=slots["value"]))
 
 
-def document(rng: random.Random, facts: Sequence[Fact], language: Language) -> str:
-    joiner = " " if language == "en" else ""
-    return joiner.join(sentence(rng, swap_operands(rng, fact), language) for fact in facts)
+def document(rng: random.Random, facts: Sequence[Fact], language: Language, askable: AbstractSet[str]) -> str:
+    """The facts one after another, in running text or each on a line of its own.
+
+    `askable` holds the keys of the facts which a direct question may ask about.
+    """
+    sentences = [
+        sentence(rng, swap_operands(rng, fact), language, fact.key in askable, bool(before) and before == fact.subject)
+        for before, fact in zip(["", *(fact.subject for fact in facts)], facts, strict=False)
+    ]
+    on_lines = rng.random() < 0.3
+    blank = " " if language == "en" else ""
+    return ("\n" if on_lines else blank).join(sentences)
 
 
 def facts_of_one_document(rng: random.Random, by_subject: Sequence[Sequence[Fact]]) -> list[Fact]:
@@ -670,14 +712,19 @@ def grouped(facts: Sequence[Fact]) -> list[list[Fact]]:
 
 
 def pretraining_text(seed: int = WORLD_SEED, documents: int = 100_000) -> Iterator[str]:
-    """Yield `documents` documents of plain text, each in one language and about one topic."""
+    """Yield `documents` documents of plain text, each in one language and about one topic.
+
+    Every fact is stated; direct questions are asked about facts of the training part only, so the text holds no
+    question of the validation or the test part.
+    """
     rng = random.Random(f"text {seed}")
+    askable = {fact.key for of_topic in split_facts(seed)["train"].values() for fact in of_topic}
     facts = world_facts(seed)
     topics, shares = list(TEXT_SHARES), list(TEXT_SHARES.values())
     by_subject = {topic: grouped([fact for fact in facts if fact.topic == topic]) for topic in topics}
     for _ in range(documents):
         topic = rng.choices(topics, shares)[0]
-        yield document(rng, facts_of_one_document(rng, by_subject[topic]), rng.choice(LANGUAGES))
+        yield document(rng, facts_of_one_document(rng, by_subject[topic]), rng.choice(LANGUAGES), askable)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -693,8 +740,9 @@ TRAIN_ROWS = {
     "people": 340, "towns": 96, "arithmetic": 216, "units": 88, "calendar": 184, "dates": 100, "reviews": 80, "words": 96,
 }  # fmt: skip
 
+# Shares of the questions about people that come under a system prompt, or with a second question.
 SHORT_ANSWER_SHARE = 0.1
-FOLLOW_UP_SHARE = 0.1
+FOLLOW_UP_SHARE = 0.25
 
 
 def split_facts(seed: int = WORLD_SEED) -> dict[Part, dict[str, list[Fact]]]:
@@ -712,10 +760,12 @@ def split_facts(seed: int = WORLD_SEED) -> dict[Part, dict[str, list[Fact]]]:
 
 
 def turn(question: str, answer: str) -> list[Message]:
+    """A question and its answer as two messages."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def ask(rng: random.Random, fact: Fact, language: Language) -> list[Message]:
+    """One question, in one of its wordings, with the whole answer."""
     wording = fact.wording(language)
     return turn(fact.fill(rng.choice(wording.questions), language), fact.fill(wording.answer, language))
 

@@ -281,7 +281,7 @@ def _by_beams(
     module, device = plain(model), plain(model).device
     ids, mask, _ = _left_pad(prompts, pad_id, device)
     room = new_tokens_allowed(model, len(prompts[0]), sampling.max_new_tokens)  # `_batches` made it the same for all
-    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+    settings = GenerationConfig(
         max_new_tokens=room,
         num_beams=sampling.num_beams,
         do_sample=sampling.temperature > 0,
@@ -293,7 +293,7 @@ def _by_beams(
     if sampling.temperature > 0:
         settings.temperature, settings.top_p, settings.top_k = sampling.temperature, sampling.top_p, sampling.top_k
     # transformers fills whatever is unset from the model's own, so that is put aside.
-    own, module.generation_config = module.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
+    own, module.generation_config = module.generation_config, GenerationConfig()
     try:
         with torch.random.fork_rng(enabled=sampling.temperature > 0):
             torch.manual_seed(seeded(sampling.seed, prompts[0]).initial_seed())

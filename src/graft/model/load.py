@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -76,7 +77,7 @@ def load_base(path: str, dtype: torch.dtype, trust_remote_code: bool = False) ->
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(f"model {path}: cannot be loaded: {_first_line(error)}") from None
     model, report = loaded
     if report["missing_keys"]:
@@ -114,7 +115,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
         config.inference_mode = not trainable
         tuned = PeftModelForCausalLM(model, config)
         report = tuned.load_adapter(str(folder), "default", is_trainable=trainable)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(
             f"adapter {folder}: does not fit the model {model.name_or_path}: {_first_line(error)}"
         ) from None

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -75,9 +76,7 @@ def save_checkpoint(
         put_in_place(aside, final)
     except OSError as error:
         raise _cannot_save(run, final, error) from None
-    except Exception as error:  # safetensors reports a full disk as an error of its own
-        if "os error" not in str(error).lower() and "i/o error" not in str(error).lower():
-            raise
+    except SafetensorError as error:  # how safetensors reports a full disk
         raise _cannot_save(run, final, error) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)

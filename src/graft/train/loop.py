@@ -131,7 +131,8 @@ class Fit:
             self._restore(checkpoint)
         self._drop_metrics_after(self.state.step)
         self.val_examples = prepared.val.examples(range(len(prepared.val)))
-        environment = describe_environment(device, prepared.made_of) | {"counts": prepared.counts}
+        found = {"counts": prepared.counts, "thinking": prepared.thinking}
+        environment = describe_environment(device, prepared.made_of) | found
         write_atomic(run.environment, json.dumps(environment, indent=1, ensure_ascii=False))
         self._say_what_is_trained()
 

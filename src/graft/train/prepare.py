@@ -15,6 +15,7 @@ from graft.data.write import write_conversations
 from graft.errors import InputError
 from graft.model.load import vocabulary_size
 from graft.runs import RunFolder
+from graft.tokens.encode import NOT_THINKING, THINKING
 from graft.tokens.plan import Plan
 from graft.tokens.renderer import Renderer, load_renderer
 from graft.tokens.store import ExampleStore, encode_stored
@@ -33,6 +34,8 @@ class Prepared:
     """Hash or value of everything that decides the run's course; a resumed run must have the same."""
     counts: dict[str, int]
     """Rows read and kept, for the report."""
+    thinking: bool | None
+    """How most examples set the template's thinking switch: how the tuned model wants to be asked. None without one."""
 
 
 def prepare(settings: Train, run: RunFolder) -> Prepared:
@@ -77,7 +80,9 @@ def prepare(settings: Train, run: RunFolder) -> Prepared:
         "test": len(test),
     }
     note(", ".join(f"{count} {name}" for name, count in counts.items()))
-    return Prepared(renderer, train, validation, plan, _made_of(settings, train, renderer, plan), counts)
+    return Prepared(
+        renderer, train, validation, plan, _made_of(settings, train, renderer, plan), counts, _thinking(train)
+    )
 
 
 def _load(sources: Sequence[Source]) -> Loaded:
@@ -117,6 +122,11 @@ def _write_held_out(run: RunFolder, parts: Parts) -> None:
         if part:
             run.data.mkdir(parents=True, exist_ok=True)
             write_conversations(run.data / f"{name}.jsonl", part)
+
+
+def _thinking(train: ExampleStore) -> bool | None:
+    on, off = train.notes.get(THINKING, 0), train.notes.get(NOT_THINKING, 0)
+    return None if on == off == 0 else on > off
 
 
 def _repeats(

@@ -59,6 +59,13 @@ class Target:
             return Encode(max_length=1 << 20)
         return settings.encode.model_copy(update={"template": None})  # the folder holds the template itself
 
+    def thinking(self) -> bool | None:
+        """How the run's data set the template's thinking switch; None where it is not known or there is none."""
+        if self.run is None or not self.run.environment.is_file():
+            return None
+        found = _read_json(self.run.environment).get("thinking")
+        return found if isinstance(found, bool) else None
+
     def fingerprint(self) -> str:
         """Changes when the weights change: names, sizes and both ends of every weight file (bases apart)."""
         digest = hashlib.sha256()
