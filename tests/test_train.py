@@ -43,9 +43,8 @@ def settings_for(base: Path, tmp_path: Path, *overrides: str, out: str = "run") 
     if not data.exists():
         write_rows(data, make_conversations())
     common = [
-        f"model={base}", f"data={data}", f"out={tmp_path / out}", "batch_size=8", "epochs=2", "lr=5e-3", "split.val=0.2",
-       
-        "encode.max_length=128", "lora.dropout=0.1", "eval_every=3",
+        f"model={base}", f"data={data}", f"out={tmp_path / out}", "batch_size=8", "epochs=2", "lr=5e-3",
+        "split.val=0.2", "encode.max_length=128", "lora.dropout=0.1", "eval_every=3",
     ]  # fmt: skip
     return load_train(None, [*common, *overrides])
 
