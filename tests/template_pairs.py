@@ -14,7 +14,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from graft.tokens import chat_template
-from graft.tokens.renderer import Renderer, finish
+from graft.tokens.load import finish
+from graft.tokens.renderer import Renderer
 
 MATERIAL = Path(__file__).resolve().parents[2] / "shared" / "material"
 

@@ -12,7 +12,7 @@ from graft.config import Sampling, Source
 from graft.data.load import load_sources
 from graft.errors import InputError
 from graft.model.generate import generate_batch
-from graft.tokens.renderer import load_renderer
+from graft.tokens.load import load_renderer
 from graft.types import Message
 from graft.use import chat as chat_module
 from graft.use.chat import ChatSession, Detokenizer

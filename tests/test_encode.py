@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from graft.config import Encode
 from graft.errors import ConfigError, GraftError, InputError
 from graft.tokens import chat_template, encode, spelling
-from graft.tokens.renderer import Renderer, TemplateRefused, finish, load_renderer
+from graft.tokens.load import finish, load_renderer
+from graft.tokens.renderer import Renderer, TemplateRefused
 from graft.types import Conversation, Message, Origin, Reject
 
 DAY = datetime.date(2026, 1, 31)

@@ -16,7 +16,7 @@ from graft.errors import InputError
 from graft.model.generate import generate_batch
 from graft.runs import RunFolder
 from graft.tokens.encode import encode_all
-from graft.tokens.renderer import load_renderer
+from graft.tokens.load import load_renderer
 from graft.use.evaluate import Options, evaluate
 from graft.use.metrics import Proportion
 from graft.use.open import resolve

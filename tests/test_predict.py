@@ -11,7 +11,7 @@ from graft.data.load import load_sources
 from graft.errors import InputError
 from graft.model import generate
 from graft.model.generate import generate_batch
-from graft.tokens.renderer import load_renderer
+from graft.tokens.load import load_renderer
 from graft.types import Conversation, Message, Origin
 from graft.use.predict import (
     answer_all,

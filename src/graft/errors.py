@@ -35,3 +35,9 @@ class Interrupted(GraftError):
     """The run was stopped by a signal; a checkpoint was written and the run can be resumed."""
 
     exit_code = 5
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error; its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

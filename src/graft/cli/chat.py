@@ -73,7 +73,7 @@ def chat(
     )
     with err.status("loading the model"):
         from graft.model.load import load_model
-        from graft.tokens.renderer import load_renderer
+        from graft.tokens.load import load_renderer
         from graft.use.chat import ChatSession
         from graft.use.predict import sampling_shown
 

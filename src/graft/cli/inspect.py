@@ -37,7 +37,7 @@ def inspect(
     Example: graft data inspect --model Qwen/Qwen3-0.6B --data chats.jsonl train_on=last_turn
     """
     from graft.data.load import load_sources
-    from graft.tokens.renderer import load_renderer
+    from graft.tokens.load import load_renderer
 
     settings = _settings(model, data, template, overrides or [])
     loaded = load_sources(settings.data)

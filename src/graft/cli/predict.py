@@ -61,7 +61,7 @@ def predict(
     from graft.console import note, warn
     from graft.data.load import load_sources
     from graft.errors import InputError
-    from graft.tokens.renderer import load_renderer
+    from graft.tokens.load import load_renderer
     from graft.use.open import resolve
     from graft.use.predict import answer_settings, predict_file, questions_of, sampling_shown
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from graft.errors import InputError
+from graft.errors import InputError, first_line
 from graft.model.device import pick_device, pick_precision
 
 
@@ -78,7 +78,7 @@ def load_base(path: str, dtype: torch.dtype, trust_remote_code: bool = False) ->
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise InputError(f"model {path}: cannot be loaded: {_first_line(error)}") from None
+        raise InputError(f"model {path}: cannot be loaded: {first_line(error)}") from None
     model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -99,7 +99,7 @@ def vocabulary_size(path: str, trust_remote_code: bool = False) -> int | None:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=local, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"model {path}: its config cannot be read: {_first_line(error)}") from None
+        raise InputError(f"model {path}: its config cannot be read: {first_line(error)}") from None
     size = config.get_text_config().to_dict().get("vocab_size")
     return size if isinstance(size, int) else None
 
@@ -117,7 +117,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
         report = tuned.load_adapter(str(folder), "default", is_trainable=trainable)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(
-            f"adapter {folder}: does not fit the model {model.name_or_path}: {_first_line(error)}"
+            f"adapter {folder}: does not fit the model {model.name_or_path}: {first_line(error)}"
         ) from None
     if report.unexpected_keys:
         raise InputError(
@@ -134,8 +134,3 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
         return
     for file in sorted(folder.glob("model*.safetensors")):
         model.load_state_dict(load_file(file), strict=False)  # a tied head is saved once, under the embedding's name
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

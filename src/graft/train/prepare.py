@@ -16,8 +16,9 @@ from graft.errors import InputError
 from graft.model.load import vocabulary_size
 from graft.runs import RunFolder
 from graft.tokens.encode import NOT_THINKING, THINKING
+from graft.tokens.load import load_renderer
 from graft.tokens.plan import Plan
-from graft.tokens.renderer import Renderer, load_renderer
+from graft.tokens.renderer import Renderer
 from graft.tokens.store import ExampleStore, encode_stored
 from graft.types import Conversation
 

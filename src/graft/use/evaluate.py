@@ -20,7 +20,8 @@ from graft.data.load import load_sources
 from graft.data.split import split, split_text
 from graft.errors import InputError
 from graft.tokens.encode import encode_all
-from graft.tokens.renderer import Renderer, load_renderer
+from graft.tokens.load import load_renderer
+from graft.tokens.renderer import Renderer
 from graft.types import Conversation, Example, Message
 from graft.use.metrics import exact_match, proportion
 from graft.use.open import Target, resolve

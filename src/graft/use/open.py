@@ -15,7 +15,7 @@ from typing import Any, Literal
 from graft.config import Encode, Train, load_train
 from graft.errors import InputError
 from graft.runs import RunFolder
-from graft.tokens.renderer import TOKENIZER_FILES
+from graft.tokens.load import TOKENIZER_FILES
 
 Kind = Literal["model", "adapter", "hub"]
 WEIGHTS = ("*.safetensors", "*.bin")
