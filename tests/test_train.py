@@ -259,9 +259,37 @@ def test_patience_stops_and_final_holds_the_best(base, tmp_path):
     best = min(validations, key=lambda row: row["loss"])
     assert validations[-1]["step"] < 80
     assert validations.index(best) == len(validations) - 3
-    if best["step"]:
-        kept = load_file(run.checkpoints / f"step-{best['step']}" / "adapter_model.safetensors")
-        assert all(torch.equal(kept[name], value) for name, value in final_weights(run).items())
+    kept = load_file(run.checkpoints / f"step-{best['step']}" / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in final_weights(run).items())
+    assert best["step"] > 0
+
+
+def test_patience_gives_the_untrained_weights_back_where_training_only_hurts(base, tmp_path):
+    run = train(settings_for(base, tmp_path, "method=full", "lr=9", "warmup=0", "epochs=20", "eval_every=1", "patience=2"))
+    validations = [row for row in run.read_metrics() if row["kind"] == "val"]
+    assert [row["step"] for row in validations] == [0, 1, 2]
+    assert (logits_of(run.final, base) - logits_of(base, base)).abs().max() < 1e-5
+
+
+def test_a_signal_in_the_middle_of_an_update_does_not_lose_or_repeat_it(base, tmp_path, monkeypatch):
+    unbroken = train(settings_for(base, tmp_path, "log_every=3", out="unbroken"))
+    update, count = Stepper.update, []
+
+    def interrupt(stepper, *args):
+        count.append(1)
+        norm = update(stepper, *args)
+        if len(count) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return norm
+
+    monkeypatch.setattr(Stepper, "update", interrupt)
+    with pytest.raises(Interrupted, match="after step 4"):
+        train(settings_for(base, tmp_path, "log_every=3", out="broken"))
+    monkeypatch.setattr(Stepper, "update", update)
+    resumed = train(settings_for(base, tmp_path, "log_every=3", "resume=true", out="broken"))
+    assert losses(unbroken) == losses(resumed)
+    assert [row[0] for row in losses(resumed)] == [3, 6, 8]
+    assert all(torch.equal(final_weights(unbroken)[name], value) for name, value in final_weights(resumed).items())
 
 
 def test_bloom_with_the_settings_of_domain_bloom_resumes_bit_for_bit(tmp_path, monkeypatch):

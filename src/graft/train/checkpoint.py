@@ -47,6 +47,8 @@ class State:
     """Validations since the best one."""
     skipped: int = 0
     """Steps that were skipped because they were not finite."""
+    window: Mapping[str, Any] = field(default_factory=dict)
+    """What was added up since the last logged step."""
     scaler: Mapping[str, Any] = field(default_factory=dict)
     """State of the fp16 loss scaler."""
     made_of: Mapping[str, str] = field(default_factory=dict)

@@ -10,9 +10,9 @@ import json
 import math
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -108,6 +108,16 @@ class Window:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one optimizer step did."""
+
+    loss: float
+    lr: float
+    grad_norm: float
+    """Before clipping."""
+
+
 class Fit:
     """A run in memory: the model, its optimiser and where they stand."""
 
@@ -127,6 +137,8 @@ class Fit:
         self.optimizer = make_optimizer(self.parameters, embeddings, settings)
         self.stepper = Stepper(self.lm, self.parameters, self.optimizer, self.precision, settings.clip, settings.seed)
         self.state = State(step=0, made_of=prepared.made_of)
+        self.window = Window()
+        self.last_val: float | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
         self._drop_metrics_after(self.state.step)
@@ -142,19 +154,18 @@ class Fit:
         save_every = self.settings.save_every or eval_every
         if self.state.step == 0:
             self._validate()
-        window = Window()
+            if self.settings.patience is not None:
+                self.save()  # the untrained weights may turn out to be the best
         self.lm.model.train()
         while self.state.step < self.total_steps and not self._out_of_patience():
-            step = self.state.step
-            loss, lr, norm = self._update(step, window, stop)
-            if stop.is_set():
+            update = self._update(self.state.step, stop)
+            if update is None:
                 self._stop_here()
-            self.state = replace(self.state, step=step + 1, skipped=self.stepper.skipped)
+            self.state = replace(self.state, step=self.state.step + 1, skipped=self.stepper.skipped)
             done = self.state.step == self.total_steps
-            advance(1, f"loss {loss:.4f}")
+            advance(1, self._said(update))
             if self.state.step % self.settings.log_every == 0 or done:
-                self._log(window, lr, norm)
-                window = Window()
+                self._log(update)
             better = False
             if self.state.step % eval_every == 0 or done:
                 better = self._validate()
@@ -181,12 +192,12 @@ class Fit:
     def save(self) -> None:
         """A checkpoint of this moment; older ones than `keep_last` go, never the best."""
         tensors = optimizer_state(self.optimizer, self.parameters)
-        state = replace(self.state, scaler=self.stepper.scaler.state_dict())
+        state = replace(self.state, scaler=self.stepper.scaler.state_dict(), window=asdict(self.window))
         save_checkpoint(self.run, self.lm.model, self.prepared.renderer, tensors, state)
         prune(self.run, self.settings.keep_last, self.state.best_step)
 
-    def _update(self, step: int, window: Window, stop: threading.Event) -> tuple[float, float, float]:
-        """One optimizer step over the conversations of the plan; returns (loss, lr, gradient norm)."""
+    def _update(self, step: int, stop: threading.Event) -> Update | None:
+        """One optimizer step over the conversations of the plan; None where a stop was asked for before it was made."""
         started = time.perf_counter()
         examples = self.prepared.train.examples(self.prepared.plan.step(step))
         rows = self.lm.rows(examples, self.settings.row_budget)
@@ -198,18 +209,18 @@ class Fit:
             nll += self.stepper.accumulate(row, (step, number), weight)
             if stop.is_set():
                 self.stepper.discard()
-                return 0.0, lr, 0.0
+                return None
         loss = nll / weight if weight else 0.0
         norm = self.stepper.update(loss, step + 1)
         shared = sharing(examples, rows)
-        window.nll += nll
-        window.weight += weight
-        window.computed += shared.nodes
-        window.tokens += shared.tokens
-        window.seconds += time.perf_counter() - started
+        self.window.nll += nll
+        self.window.weight += weight
+        self.window.computed += shared.nodes
+        self.window.tokens += shared.tokens
+        self.window.seconds += time.perf_counter() - started
         if self.settings.trace:
             self._trace(step, examples, rows)
-        return loss, lr, norm
+        return Update(loss, lr, norm)
 
     def _validate(self) -> bool:
         """Validate and log; whether this is the best so far."""
@@ -217,7 +228,8 @@ class Fit:
             return False
         found: Validation = validate(self.lm, self.val_examples, self.settings.row_budget, self.precision)
         row = {"kind": "val", "step": self.state.step, "loss": found.loss, "token_accuracy": found.token_accuracy}
-        append_jsonl(self.run.metrics, row | {"tokens": found.tokens})
+        append_jsonl(self.run.metrics, _finite(row | {"tokens": found.tokens}))
+        self.last_val = found.loss
         note(
             f"step {self.state.step}/{self.total_steps}: validation loss {found.loss:.4f}, "
             f"token accuracy {found.token_accuracy:.1%}"
@@ -237,14 +249,21 @@ class Fit:
         note(f"stopping early: no better validation loss than {self.state.best_loss:.4f} for {patience} validations")
         return True
 
-    def _log(self, window: Window, lr: float, norm: float) -> None:
+    def _said(self, update: Update) -> str:
+        """What stands beside the progress bar."""
+        val = "" if self.last_val is None else f"  val {self.last_val:.4f}"
+        return f"loss {update.loss:.4f}{val}"
+
+    def _log(self, update: Update) -> None:
+        """One line for the steps since the last one."""
+        window, self.window = self.window, Window()
         row: dict[str, Any] = {
             "kind": "train",
             "step": self.state.step,
             "epoch": round(self.prepared.plan.epoch_at(self.state.step), 4),
             "loss": window.nll / window.weight if window.weight else 0.0,
-            "lr": lr,
-            "grad_norm": norm,
+            "lr": update.lr,
+            "grad_norm": update.grad_norm,
             "tokens_computed": window.computed,
             "tokens_trained": window.weight,
             "sharing": round(window.tokens / window.computed, 4) if window.computed else 1.0,
@@ -253,18 +272,14 @@ class Fit:
         }
         if self.stepper.skipped:
             row["skipped"] = self.stepper.skipped
-        # JSON has no NaN: a reader in another language must not choke on the one line that matters most.
-        append_jsonl(
-            self.run.metrics,
-            {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()},
-        )
+        append_jsonl(self.run.metrics, _finite(row))
 
     def _trace(self, step: int, examples: Any, rows: Any) -> None:
         ids = list(dict.fromkeys(example.conversation for example in examples))
         shapes = [{"rank": 0, "nodes": len(row), "conversations": list(row.conversations)} for row in rows]
         append_jsonl(self.run.trace, {"step": step + 1, "conversations": ids, "rows": shapes})
 
-    def _stop_here(self) -> None:
+    def _stop_here(self) -> NoReturn:
         self.save()
         raise Interrupted(
             f"stopped after step {self.state.step} of {self.total_steps}; checkpoint saved. "
@@ -277,6 +292,7 @@ class Fit:
         load_optimizer_state(self.optimizer, self.parameters, tensors)
         self.state = state
         self.stepper.skipped = state.skipped
+        self.window = Window(**state.window)
         if state.scaler:
             self.stepper.scaler.load_state_dict(dict(state.scaler))
         note(f"resuming after step {state.step} of {self.total_steps}")
@@ -301,6 +317,11 @@ class Fit:
             f"{self.settings.method}: {trained:,} of {total:,} parameters, "
             f"{self.precision.compute} on {self.lm.device}, {how}; {self.total_steps} steps"
         )
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """NaN and infinity as text: JSON has neither, and another reader must not choke on the line that matters most."""
+    return {key: str(x) if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
 
 
 def load_for_training(
