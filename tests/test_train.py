@@ -265,7 +265,9 @@ def test_patience_stops_and_final_holds_the_best(base, tmp_path):
 
 
 def test_patience_gives_the_untrained_weights_back_where_training_only_hurts(base, tmp_path):
-    run = train(settings_for(base, tmp_path, "method=full", "lr=9", "warmup=0", "epochs=20", "eval_every=1", "patience=2"))
+    run = train(
+        settings_for(base, tmp_path, "method=full", "lr=9", "warmup=0", "epochs=20", "eval_every=1", "patience=2")
+    )
     validations = [row for row in run.read_metrics() if row["kind"] == "val"]
     assert [row["step"] for row in validations] == [0, 1, 2]
     assert (logits_of(run.final, base) - logits_of(base, base)).abs().max() < 1e-5

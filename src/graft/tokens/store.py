@@ -126,10 +126,12 @@ def _write(folder: Path, encoded: Encoded) -> None:
             "notes": dict(encoded.notes),
         }
         write_atomic(aside / "meta.json", json.dumps(meta, ensure_ascii=False))
+        if not (folder / "meta.json").is_file():
+            shutil.rmtree(folder, ignore_errors=True)  # what a crash left
         try:
             aside.rename(folder)
         except OSError:
-            if not (folder / "meta.json").is_file():
+            if not (folder / "meta.json").is_file():  # else another run was faster
                 raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
