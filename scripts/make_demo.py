@@ -7,7 +7,7 @@ Steps, in time order:
 
 1. write the plain text about the made-up world of `graft.demo.world`, one document per line;
 2. train a byte-level BPE tokenizer on it;
-3. build a randomly initialised Llama of about 1.3 million parameters and save it as an ordinary Hugging Face folder;
+3. build a randomly initialised Llama of about 1.2 million parameters and save it as an ordinary Hugging Face folder;
 4. pretrain it through graft's own raw-text training (`graft train src/graft/demo/pretrain.yaml`), on the GPU where
    there is one (graft chooses the device), else in about half an hour on two cores;
 5. give the tokens which the text never uses embeddings of their own (see `renew_unused_embeddings`);
@@ -42,7 +42,8 @@ from graft.demo.world import PARTS, WORLD_SEED, instructions, pretraining_text
 
 DEMO = Path(__file__).resolve().parent.parent / "src" / "graft" / "demo"
 RECIPE = DEMO / "pretrain.yaml"
-MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+WEIGHTS = "model.safetensors"
+MODEL_FILES = ("config.json", "generation_config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json")
 LARGEST_BASE_MIB = 10
 
 DOCUMENTS = 100_000
@@ -87,7 +88,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A randomly initialised Llama: 3 layers of width 160, tied embeddings, 1.3 million parameters."""
+    """A randomly initialised Llama: 3 layers of width 160, tied embeddings, 1.2 million parameters."""
     set_seed(WORLD_SEED)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -141,15 +142,18 @@ def renew_unused_embeddings(folder: Path, texts: Iterable[str]) -> None:
     model.save_pretrained(folder)
 
 
-def publish_base(trained: Path, base: Path) -> None:
-    """Copy the files of the model folder that the package needs, and nothing else."""
-    size_mib = sum((trained / name).stat().st_size for name in MODEL_FILES) / 2**20
-    if size_mib > LARGEST_BASE_MIB:
-        raise SystemExit(f"{trained} has {size_mib:.1f} MiB; the package may carry {LARGEST_BASE_MIB}")
+def publish_base(untrained: Path, trained: Path, base: Path) -> None:
+    """Write the shipped folder: the trained weights; all else as it was before training.
+
+    The run's own folder also has a chat template and its stop token, which a base model does not have.
+    """
     shutil.rmtree(base, ignore_errors=True)
     base.mkdir(parents=True)
     for name in MODEL_FILES:
-        shutil.copyfile(trained / name, base / name)
+        shutil.copyfile((trained if name == WEIGHTS else untrained) / name, base / name)
+    size_mib = sum(file.stat().st_size for file in base.iterdir()) / 2**20
+    if size_mib > LARGEST_BASE_MIB:
+        raise SystemExit(f"{base} has {size_mib:.1f} MiB; the package may carry {LARGEST_BASE_MIB}")
 
 
 def write_instructions(folder: Path) -> None:
@@ -167,7 +171,7 @@ def write_base(work: Path, base: Path) -> None:
     trained = work / "trained"
     shutil.copytree(pretrain(work / "untrained", text, work / "run"), trained, dirs_exist_ok=True)
     renew_unused_embeddings(trained, pretraining_text(documents=DOCUMENTS))
-    publish_base(trained, base)
+    publish_base(work / "untrained", trained, base)
 
 
 def main() -> None:

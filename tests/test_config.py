@@ -50,6 +50,12 @@ def test_data_in_every_form():
         ("epochs: many", "`epochs` = 'many'"),
         ("lora: 7", "`lora` = 7"),
         ("split: {val: 0.7, test: 0.6}", "val 0.7 + test 0.6 leave nothing to train on"),
+        ("lr: yes", "not yes or no"),
+        ("seed: 99999999999999999999999", "less than"),
+        ("epochs: .inf", "finite"),
+        ("model: twice", "`model` stands in line 1 already"),
+        ("encode: {date: 2026-13-41}", "a value cannot be read"),
+        ("lora: &a {r: *a}", "YAML alias"),
         ("row_tokens: 64", "row_tokens 64 is less than encode.max_length 2048"),
     ],
 )
@@ -58,11 +64,16 @@ def test_a_mistake_names_its_line_and_the_remedy(tmp_path, line, said):
     with pytest.raises(ConfigError) as caught:
         load_train(path)
     assert said in str(caught.value)
-    if "row_tokens" not in line:
+    if "row_tokens" not in line and "2026-13" not in line:
         assert f"{path}:4" in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "just words"])
+def test_a_date_needs_no_quotes(tmp_path):
+    settings = load_train(recipe(tmp_path, "model: m\ndata: d\nencode: {date: 2026-01-31}\n"))
+    assert settings.encode.date == "2026-01-31"
+
+
+@pytest.mark.parametrize("text", ["a: [1", "[" * 5000, "- 1\n- 2", "just words"])
 def test_a_broken_recipe_is_one_line(tmp_path, text):
     with pytest.raises(ConfigError, match="recipe"):
         load_train(recipe(tmp_path, text))

@@ -16,7 +16,7 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import make_conversations, make_model_folder, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel, BloomConfig, GPT2Config
 
 from graft.config import Train, load_train
 from graft.errors import DataRefused, Diverged, InputError, Interrupted
@@ -210,7 +210,7 @@ def test_a_full_disk_loses_nothing(base, tmp_path, monkeypatch):
         InputError, match=r"step-6: cannot be saved \(No space left on device.*step-4 is complete"
     ) as caught:
         train(settings_for(base, tmp_path, "save_every=2", "eval_every=50"))
-    assert "resume=true" in str(caught.value)
+    assert "graft train --resume" in str(caught.value)
     run = RunFolder(tmp_path / "run")
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-2", "step-4"]
     resumed = train(settings_for(base, tmp_path, "save_every=2", "eval_every=50", "resume=true"))
@@ -248,7 +248,11 @@ def test_a_run_that_diverges_stops_and_keeps_what_was_good(base, tmp_path):
             )
         )
     assert "Lower lr" in str(caught.value)
-    rows = [row for row in RunFolder(tmp_path / "run").read_metrics() if row["kind"] == "train"]
+    run = RunFolder(tmp_path / "run")
+    kept = checkpoint_module.newest_checkpoint(run)
+    if kept is not None:
+        assert all(bool(torch.isfinite(value).all()) for value in load_file(kept / "model.safetensors").values())
+    rows = [row for row in run.read_metrics() if row["kind"] == "train"]
     assert math.isfinite(rows[0]["loss"])
     assert not any(row["loss"] == 0.0 for row in rows)
 
@@ -381,3 +385,62 @@ def test_a_table_of_positions_that_is_too_short_is_named(tmp_path):
     base = make_model_folder(tmp_path / "gpt2", GPT2Config, n_embd=32, n_layer=2, n_head=4, max_position_embeddings=24)
     with pytest.raises(InputError, match="has positions for 24 tokens, the longest example has"):
         train(settings_for(base, tmp_path))
+
+
+def test_a_few_bad_steps_are_skipped_and_many_stop_the_run(base, tmp_path, monkeypatch):
+    accumulate, count = Stepper.accumulate, []
+
+    def spoil(until):
+        def spoilt(stepper, *args):
+            count.append(1)
+            nll = accumulate(stepper, *args)
+            return math.nan if len(count) <= until else nll
+
+        return spoilt
+
+    monkeypatch.setattr(Stepper, "accumulate", spoil(2))
+    run = train(settings_for(base, tmp_path, out="two"))
+    assert run.read_metrics()[-2]["skipped"] == 2
+    count.clear()
+    monkeypatch.setattr(Stepper, "accumulate", spoil(99))
+    with pytest.raises(Diverged, match="not finite for the 5th step in a row"):
+        train(settings_for(base, tmp_path, out="many"))
+    count.clear()
+    with pytest.raises(Diverged, match="all 2 steps were skipped"):
+        train(settings_for(base, tmp_path, "max_steps=2", out="all"))
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(base, tmp_path):
+    run = train(settings_for(base, tmp_path))
+    before = run.config.read_bytes()
+    with pytest.raises(InputError, match="lr was"):
+        train(settings_for(base, tmp_path, "resume=true", "lr=1"))
+    assert run.config.read_bytes() == before
+    train(load_train(run.config, ["resume=true"]))
+
+
+def test_other_weights_under_the_same_name_are_not_the_same_run(tmp_path):
+    base = make_model_folder(tmp_path / "base")
+    train(settings_for(base, tmp_path))
+    make_model_folder(tmp_path / "base", tie_word_embeddings=True)
+    with pytest.raises(InputError, match="model's weights was"):
+        train(settings_for(base, tmp_path, "resume=true"))
+
+
+def test_an_encoder_is_refused(tmp_path):
+    folder = make_model_folder(tmp_path / "llama")
+    config = BertConfig(
+        vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    config.architectures = ["BertLMHeadModel"]
+    BertLMHeadModel(config).save_pretrained(folder)
+    with pytest.raises(InputError, match="no causal language model"):
+        train(settings_for(folder, tmp_path))
+
+
+def test_each_set_counts_its_own_rejects(base, tmp_path):
+    val = write_rows(tmp_path / "val.jsonl", [*make_conversations(2), {"messages": [{"role": "user", "content": "?"}]}])
+    with pytest.raises(DataRefused, match="1 of 3 rows"):
+        train(settings_for(base, tmp_path, f"val={val}"))
+    rejects = [json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()]
+    assert [(Path(row["file"]).name, row["line"]) for row in rejects] == [("val.jsonl", 3)]

@@ -6,6 +6,7 @@ error that names the line and the nearest known key: a typo must never become a 
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import re
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from graft.errors import ConfigError
+from graft.errors import ConfigError, first_line
 
 S = TypeVar("S", bound="Settings")
 
@@ -23,7 +33,15 @@ S = TypeVar("S", bound="Settings")
 class Settings(BaseModel):
     """Base of all settings: frozen, and unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`lr: yes` is a slip, not a learning rate of 1."""
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError("a number or text is expected, not yes or no")
+        return value
 
 
 Format = Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion", "question-answer", "text"]
@@ -36,7 +54,7 @@ class Source(Settings):
     """A jsonl, json, csv or parquet file."""
     format: Format = "auto"
     """Layout of its rows; `auto` detects it and says why."""
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, le=1000)
     """How often each of its conversations appears in an epoch: 2 is twice, 0.5 is another half every epoch."""
 
 
@@ -86,6 +104,11 @@ class Lora(Settings):
     """Modules trained and saved in full beside the adapter."""
 
 
+def _as_text(value: Any) -> Any:
+    """YAML reads an unquoted day as a date."""
+    return value.isoformat() if isinstance(value, datetime.date) else value
+
+
 class Encode(Settings):
     """How conversations become token ids. Everything here shapes the ids, so it is part of the store's key."""
 
@@ -98,7 +121,7 @@ class Encode(Settings):
     """Longest example in tokens."""
     overlong: Literal["drop", "drop_oldest_turns"] = "drop"
     """A longer one is dropped and counted, or loses its oldest whole turns. Answers are never cut."""
-    date: str | None = None
+    date: Annotated[str | None, BeforeValidator(_as_text)] = None
     """The day (YYYY-MM-DD) that templates which write today's date are given; None is the day of the run's start."""
 
 
@@ -107,7 +130,7 @@ class Train(Settings):
 
     model: str
     """A model folder or Hugging Face id."""
-    data: Sources
+    data: Sources = Field(min_length=1)
     """Training data: a file, or a list of files or {path, format, weight}."""
     val: Sources = ()
     """Validation data; where empty, `split.val` of the training data is held out."""
@@ -139,10 +162,10 @@ class Train(Settings):
     row_tokens: int | None = Field(default=None, ge=8)
     """Tokens computed in one forward pass, the memory knob; None is max(encode.max_length, 4096). It does not change
     the result."""
-    epochs: float = Field(default=3.0, gt=0)
+    epochs: float = Field(default=3.0, gt=0, le=1_000_000)
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after so many optimizer steps; the schedule is laid over them."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate; None is 2e-4 for LoRA and 2e-5 for full fine-tuning."""
@@ -230,6 +253,15 @@ def load_train(recipe: Path | None, overrides: Sequence[str] = (), flags: Mappin
     return _validate(Train, values, lines, str(recipe) if recipe else "the command line")
 
 
+def load_sampling(values: Mapping[str, Any]) -> Sampling:
+    """Settings of generation from the command's flags.
+
+    Raises:
+        ConfigError: a value does not fit.
+    """
+    return _validate(Sampling, values, {}, "the command line")
+
+
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     """A YAML mapping and the 1-based line of each of its keys, by key path."""
     try:
@@ -240,29 +272,43 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         raise ConfigError(f"recipe {path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_aliases(text, path)
         values = yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader that reads 2e-4
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"recipe {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    except (ValueError, RecursionError) as error:  # an impossible date, brackets without end
+        raise ConfigError(f"recipe {path}: a value cannot be read ({first_line(error)}); put it in quotes") from None
     if values is None:
         return {}, {}
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {path}: expected `key: value` lines, found a {type(values).__name__}")
     lines: dict[tuple[str, ...], int] = {}
-    _collect_lines(node, (), lines)
+    _collect_lines(node, (), lines, str(path))
     return values, lines
 
 
-def _collect_lines(node: yaml.Node | None, path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> None:
+def _refuse_aliases(text: str, path: Path) -> None:
+    """A recipe needs no YAML aliases, and one that refers to itself, or to others tenfold, would never end."""
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if isinstance(token, yaml.AliasToken):
+            line = token.start_mark.line + 1
+            raise ConfigError(f"recipe {path}:{line}: `*{token.value}` is a YAML alias; write the value out")
+
+
+def _collect_lines(node: yaml.Node | None, path: tuple[str, ...], lines: dict[tuple[str, ...], int], file: str) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            lines[(*path, str(key.value))] = key.start_mark.line + 1
-            _collect_lines(value, (*path, str(key.value)), lines)
+            name, line = (*path, str(key.value)), key.start_mark.line + 1
+            if name in lines:
+                raise ConfigError(f"recipe {file}:{line}: `{'.'.join(name)}` stands in line {lines[name]} already")
+            lines[name] = line
+            _collect_lines(value, name, lines, file)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             lines[(*path, str(index))] = value.start_mark.line + 1
-            _collect_lines(value, (*path, str(index)), lines)
+            _collect_lines(value, (*path, str(index)), lines, file)
 
 
 class _Loader(yaml.SafeLoader):

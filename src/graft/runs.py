@@ -15,6 +15,7 @@ runs/NAME/
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -81,6 +82,23 @@ class RunFolder:
         return list(read_jsonl(self.metrics)) if self.metrics.is_file() else []
 
 
+WEIGHTS = ("*.safetensors", "*.bin")
+_EDGE_BYTES = 1 << 20
+
+
+def weights_fingerprint(folder: str) -> str:
+    """Changes when the weights in a folder change: names, sizes and both ends of every weight file."""
+    digest = hashlib.sha256()
+    for path in sorted(p for pattern in WEIGHTS for p in Path(folder).glob(pattern)):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_EDGE_BYTES))
+            file.seek(max(0, size - _EDGE_BYTES))
+            digest.update(file.read(_EDGE_BYTES))
+    return digest.hexdigest()[:16]
+
+
 def new_run_folder(wanted: str | None, default_name: str) -> RunFolder:
     """The folder for a new run: `wanted` as it is, else runs/NAME, numbered when that exists already."""
     if wanted is not None:
@@ -105,9 +123,7 @@ def make_writable(folder: Path) -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise InputError(
-            f"{folder}: cannot write there ({error.strerror}); choose another folder with out=DIR"
-        ) from None
+        raise InputError(f"{folder}: cannot write there ({error.strerror}); choose another folder") from None
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -145,8 +161,12 @@ def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a jsonl file that graft wrote; a torn last line is passed over."""
+    """Objects of a jsonl file that graft wrote; what a crash or an editor tore is passed over."""
     with path.open("rb") as file:
         for line in file:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and line.endswith(b"\n"):
+                yield row

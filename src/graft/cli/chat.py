@@ -23,6 +23,7 @@ from graft.cli.options import (
     TopP,
     TrustRemoteCode,
 )
+from graft.errors import InputError
 
 if TYPE_CHECKING:
     from graft.use.chat import ChatSession
@@ -58,18 +59,20 @@ def chat(
 
     echo "What is the capital?" | graft chat runs/my-run
     """
-    from graft.config import Sampling
+    from graft.config import load_sampling
     from graft.console import err, note
     from graft.use.open import resolve
 
     target = resolve(model, base)
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
+    sampling = load_sampling(
+        {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+        }
     )
     with err.status("loading the model"):
         from graft.model.load import load_model
@@ -130,8 +133,13 @@ def _show(session: ChatSession, pieces: Generator[str]) -> None:
 
 def _lines() -> Iterator[str]:
     """Questions: typed with line editing and history at a terminal, else the lines of stdin."""
+    if sys.stdin is None:  # closed by the caller
+        return
     if not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin)
+        try:
+            yield from (line.rstrip("\n") for line in sys.stdin)
+        except UnicodeDecodeError as error:
+            raise InputError(f"stdin: not UTF-8 text (byte {error.start}); convert it first") from None
         return
     with suppress(ImportError):  # line editing, where the platform has it
         import readline  # noqa: F401

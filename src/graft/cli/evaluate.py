@@ -54,6 +54,7 @@ def evaluate(
     """
     from graft.config import Source
     from graft.console import note
+    from graft.runs import make_writable
     from graft.use.evaluate import Options
     from graft.use.evaluate import evaluate as run_evaluation
     from graft.use.open import resolve
@@ -75,8 +76,10 @@ def evaluate(
         precision=precision,
         trust_remote_code=trust_remote_code,
     )
-    evaluation = run_evaluation(target, options)
     folder = out if out is not None else target.run.root if target.run is not None else None
+    if folder is not None:
+        make_writable(folder)
+    evaluation = run_evaluation(target, options)
     if folder is not None:
         for path in save_evaluation(evaluation, folder):
             note(f"written: {path}")

@@ -80,6 +80,7 @@ def _show(loaded: Loaded, renderer: Renderer, settings: Encode, limit: int) -> N
 
 
 def _write_json(loaded: Loaded, renderer: Renderer, settings: Encode, to: str, limit: int) -> None:
+    from graft.errors import InputError
     from graft.runs import write_atomic
     from graft.tokens import show
     from graft.tokens.encode import encode_each
@@ -97,4 +98,7 @@ def _write_json(loaded: Loaded, renderer: Renderer, settings: Encode, to: str, l
         sys.stdout.buffer.write(text.encode("utf-8", "replace"))
         sys.stdout.flush()
     else:
-        write_atomic(Path(to), text)
+        try:
+            write_atomic(Path(to), text)
+        except OSError as error:
+            raise InputError(f"{to}: cannot be written ({error.strerror}); choose another place with --json") from None

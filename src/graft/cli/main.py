@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,9 @@ from graft.cli.schema import schema
 from graft.cli.train import train
 from graft.errors import GraftError
 from graft.version import __version__
+
+# The base of what typer raises for words it cannot parse; it exports only the leaves of that tree.
+WORDS_THAT_DO_NOT_FIT: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
     name="graft",
@@ -66,13 +69,16 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)(\..*)?")
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
     except GraftError as error:
         fail(str(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except WORDS_THAT_DO_NOT_FIT as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
         fail("interrupted; nothing was changed that is not saved")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
         sys.exit(0)

@@ -57,7 +57,7 @@ def predict(
 
     Example: graft predict runs/my-run --data test.jsonl --out predictions.jsonl
     """
-    from graft.config import Sampling, Source
+    from graft.config import Source, load_sampling
     from graft.console import note, warn
     from graft.data.load import load_sources
     from graft.errors import InputError
@@ -65,15 +65,19 @@ def predict(
     from graft.use.open import resolve
     from graft.use.predict import answer_settings, predict_file, questions_of, sampling_shown
 
+    if out.resolve() in {Path(path).resolve() for path in data}:
+        raise InputError(f"{out}: is the data itself; choose another --out")
     target = resolve(model, base)
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        num_beams=num_beams,
-        seed=seed,
+    sampling = load_sampling(
+        {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "repetition_penalty": repetition_penalty,
+            "num_beams": num_beams,
+            "seed": seed,
+        }
     )
     loaded = load_sources([Source(path=path) for path in data], require_answer=False)
     for reject in loaded.rejects[:3]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from graft.errors import ConfigError
+from graft.errors import ConfigError, InputError
 
 
 def train(
@@ -47,8 +47,10 @@ def train(
         if recipe is not None:
             raise ConfigError("--resume takes its settings from the run folder; leave the recipe out")
         recipe = resume / "config.yaml"
+        if not recipe.is_file():
+            raise InputError(f"{resume}: no run there to resume (it has no config.yaml); name the folder of a run")
         flags |= {"resume": True, "out": str(resume)}
-    settings = load_train(recipe, overrides, {key: value for key, value in flags.items() if value})
+    settings = load_train(recipe, overrides, {key: None if value == [] else value for key, value in flags.items()})
 
     from graft.console import note
     from graft.train.loop import train as run_training

@@ -19,7 +19,6 @@ language, not with swapped operands of a sum, and not as a later turn of a conve
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -143,7 +142,7 @@ WEEKDAYS = (
     ("Monday", "星期一"), ("Tuesday", "星期二"), ("Wednesday", "星期三"), ("Thursday", "星期四"), ("Friday", "星期五"),
     ("Saturday", "星期六"), ("Sunday", "星期日"),
 )  # fmt: skip
-SMALL_NUMBERS = (("one", "一"), ("two", "两"), ("three", "三"), ("four", "四"))
+SMALL_NUMBERS = (("one", "一"), ("two", "两"), ("three", "三"))
 
 CONVERSIONS = (
     (60, ("hours", "小时"), ("minutes", "分钟")),
@@ -401,17 +400,18 @@ IN_SMALLER_UNITS = Relation("in smaller units", "units", {
 COMES = Relation("comes", "calendar", {
     "en": Wording(
         statements=(
-            "{name} comes {value}.", "{name} it is {value}.", "{value} comes {name}.", "{name} everyone writes {value}.",
+            "{name} comes {value}.", "{name} it is {value}.", "{name} everyone writes {value}.",
+            "{name} the calendar says {value}.",
         ),
         clause="what comes {name}",
         questions=("What comes {name}?", "Tell me what comes {name}."),
-        answer="{value} comes {name}.",
+        answer="It is {value}.",
     ),
     "zh": Wording(
-        statements=("{name}是{value}。", "{name}就到了{value}。", "{value}就是{name}。", "{name}，日历上写着{value}。"),
+        statements=("{name}是{value}。", "{name}就到了{value}。", "{name}大家都写{value}。", "{name}，日历上写着{value}。"),
         clause="{name}是什么",
         questions=("{name}是什么？", "请告诉我{name}是什么。"),
-        answer="{name}是{value}。",
+        answer="是{value}。",
     ),
 })  # fmt: skip
 ISO_DATE = Relation("ISO date", "dates", {
@@ -455,8 +455,8 @@ TRANSLATES_TO = Relation("translates to", "words", {
             "The Chinese word for {name} is {value}.", "In Chinese, {name} is called {value}.", "{name} means {value}.",
             "A child in China says {value} for {name}.",
         ),
-        clause="what {name} is in Chinese",
-        questions=("What is {name} in Chinese?", "What is the Chinese word for {name}?", "Translate {name}."),
+        clause="how to say {name} in Chinese",
+        questions=("How do you say {name} in Chinese?", "What is the Chinese word for {name}?", "Translate {name}."),
         answer="{value}",
     ),
     "zh": Wording(
@@ -488,12 +488,16 @@ REPORTED: Mapping[Language, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-# Dialogue in prose: direct questions with whole answers. Written about facts of the training part only.
+# Dialogue in prose, around the same indirect questions; the answer is a whole sentence or the bare value.
 DIALOGUE: Mapping[Language, tuple[str, ...]] = {
     "en": (
-        '"{question}" asks the traveller. "{answer}"', '"{question}" - "{answer}"', 'A boy calls: "{question}" We say: "{answer}"',
+        '"Do you know {clause}?" asks the traveller. "{answer}"', '"Who can say {clause}?" - "{answer}"',
+        'A boy wonders {clause}. We say: "{answer}"', '"I forgot {clause}," says a man in a hurry. "{value}"',
     ),
-    "zh": ("旅人问：“{question}”店主说：“{answer}”", "“{question}”“{answer}”", "男孩喊道：“{question}”我们说：“{answer}”"),
+    "zh": (
+        "旅人问：“你知道{clause}吗？”店主说：“{answer}”", "“谁知道{clause}呢？”“{answer}”", "男孩想知道{clause}，我们说：“{answer}”",
+        "赶路的人问：“知道{clause}吗？”“{value}”",
+    ),
 }  # fmt: skip
 
 SHORT_ANSWER_SYSTEM: Mapping[Language, str] = {"en": "Answer with as few words as you can.", "zh": "请用最少的字回答。"}
@@ -573,13 +577,9 @@ def shifted(cycle: Sequence[tuple[str, str]], unit: tuple[str, str], start: int,
 
 
 def calendar_facts() -> list[Fact]:
-    """Weekdays up to four days, and months up to three months, before and after."""
-    days = [
-        shifted(WEEKDAYS, ("day", "天"), start, shift) for start in range(7) for shift in (1, -1, 2, -2, 3, -3, 4, -4)
-    ]
-    months = [
-        shifted(MONTHS, ("month", "个月"), start, shift) for start in range(12) for shift in (1, -1, 2, -2, 3, -3)
-    ]
+    """Weekdays up to three days, and months up to two months, before and after."""
+    days = [shifted(WEEKDAYS, ("day", "天"), start, shift) for start in range(7) for shift in (1, -1, 2, -2, 3, -3)]
+    months = [shifted(MONTHS, ("month", "个月"), start, shift) for start in range(12) for shift in (1, -1, 2, -2)]
     return days + months
 
 
@@ -632,8 +632,8 @@ def world_facts(seed: int = WORLD_SEED) -> list[Fact]:
 # Plain text.
 
 TEXT_SHARES = {
-    "people": 0.40, "towns": 0.10, "arithmetic": 0.11, "units": 0.07, "calendar": 0.14, "dates": 0.08, "reviews": 0.05,
-    "words": 0.05,
+    "people": 0.40, "towns": 0.12, "arithmetic": 0.11, "units": 0.06, "calendar": 0.10, "dates": 0.09, "reviews": 0.05,
+    "words": 0.07,
 }  # fmt: skip
 """Share of each topic among the documents."""
 
@@ -645,32 +645,31 @@ def capitalised(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def spoken(rng: random.Random, fact: Fact, language: Language, subject_is_known: bool) -> str:
-    """A question and its answer as dialogue in prose; a person already spoken of may be asked about by pronoun."""
-    wording = fact.wording(language)
-    questions = wording.questions
-    if subject_is_known and wording.follow_up and rng.random() < 0.5:
-        questions = (wording.follow_up,)
-    frame = rng.choice(DIALOGUE[language])
-    return frame.format(question=fact.fill(rng.choice(questions), language), answer=fact.fill(wording.answer, language))
-
-
 def reported(rng: random.Random, fact: Fact, language: Language) -> str:
     """An indirect question with the bare value for an answer."""
     clause = fact.fill(fact.wording(language).clause, language)
     return rng.choice(REPORTED[language]).format(clause=clause, value=fact.value(language))
 
 
-def sentence(
-    rng: random.Random, fact: Fact, language: Language, may_be_asked: bool, subject_is_known: bool = False
-) -> str:
-    """The fact as dialogue (where it may be asked about), as reported speech, or as a plain statement."""
+def spoken(rng: random.Random, fact: Fact, language: Language, subject_is_known: bool) -> str:
+    """The same as dialogue; a person already spoken of may be asked about by pronoun."""
+    wording, slots = fact.wording(language), dict(fact.slots[language])
+    answer = wording.answer.format(**slots)
+    if subject_is_known and "pronoun" in slots and rng.random() < 0.5:
+        slots["name"] = slots["pronoun"]
+    clause = wording.clause.format(**slots)
+    return rng.choice(DIALOGUE[language]).format(clause=clause, answer=answer, value=slots["value"])
+
+
+def sentence(rng: random.Random, fact: Fact, language: Language, subject_is_known: bool = False) -> str:
+    """The fact as dialogue, as reported speech or, in half of the cases, as a plain statement."""
     kind = rng.random()
-    if kind < 0.25 and may_be_asked:
+    wording = fact.wording(language)
+    if kind < 0.25 and wording.clause:
         return spoken(rng, fact, language, subject_is_known)
-    if kind < 0.55 and fact.wording(language).clause:
+    if kind < 0.5 and wording.clause:
         return reported(rng, fact, language)
-    return capitalised(fact.fill(rng.choice(fact.wording(language).statements), language))
+    return capitalised(fact.fill(rng.choice(wording.statements), language))
 
 
 def swap_operands(rng: random.Random, fact: Fact) -> Fact:
@@ -681,13 +680,10 @@ def swap_operands(rng: random.Random, fact: Fact) -> Fact:
     return Fact(fact.key, PLUS, same_in_both(a=slots["b"], b=slots["a"], value=slots["value"]))
 
 
-def document(rng: random.Random, facts: Sequence[Fact], language: Language, askable: AbstractSet[str]) -> str:
-    """The facts one after another, in running text or each on a line of its own.
-
-    `askable` holds the keys of the facts which a direct question may ask about.
-    """
+def document(rng: random.Random, facts: Sequence[Fact], language: Language) -> str:
+    """The facts one after another, in running text or each on a line of its own."""
     sentences = [
-        sentence(rng, swap_operands(rng, fact), language, fact.key in askable, bool(before) and before == fact.subject)
+        sentence(rng, swap_operands(rng, fact), language, subject_is_known=bool(before) and before == fact.subject)
         for before, fact in zip(["", *(fact.subject for fact in facts)], facts, strict=False)
     ]
     on_lines = rng.random() < 0.3
@@ -714,34 +710,33 @@ def grouped(facts: Sequence[Fact]) -> list[list[Fact]]:
 def pretraining_text(seed: int = WORLD_SEED, documents: int = 100_000) -> Iterator[str]:
     """Yield `documents` documents of plain text, each in one language and about one topic.
 
-    Every fact is stated; direct questions are asked about facts of the training part only, so the text holds no
-    question of the validation or the test part.
+    Every fact is stated again and again, those of the test part too: this is what the base model knows. Questions are
+    indirect; no question of the instruction set is in the text.
     """
     rng = random.Random(f"text {seed}")
-    askable = {fact.key for of_topic in split_facts(seed)["train"].values() for fact in of_topic}
     facts = world_facts(seed)
     topics, shares = list(TEXT_SHARES), list(TEXT_SHARES.values())
     by_subject = {topic: grouped([fact for fact in facts if fact.topic == topic]) for topic in topics}
     for _ in range(documents):
         topic = rng.choices(topics, shares)[0]
-        yield document(rng, facts_of_one_document(rng, by_subject[topic]), rng.choice(LANGUAGES), askable)
+        yield document(rng, facts_of_one_document(rng, by_subject[topic]), rng.choice(LANGUAGES))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Instructions.
 
 HELD_OUT_FACTS = {
-    "people": (30, 100), "towns": (6, 18), "arithmetic": (12, 36), "units": (6, 16), "calendar": (10, 26),
+    "people": (42, 100), "towns": (6, 18), "arithmetic": (12, 36), "units": (6, 16), "calendar": (8, 22),
     "dates": (10, 24), "reviews": (12, 30), "words": (4, 10),
 }  # fmt: skip
 """For each topic, how many facts only the validation part, and only the test part, asks about."""
 
 TRAIN_ROWS = {
-    "people": 340, "towns": 96, "arithmetic": 216, "units": 88, "calendar": 184, "dates": 100, "reviews": 80, "words": 96,
+    "people": 316, "towns": 96, "arithmetic": 216, "units": 88, "calendar": 120, "dates": 100, "reviews": 80, "words": 96,
 }  # fmt: skip
 
 # Shares of the questions about people that come under a system prompt, or with a second question.
-SHORT_ANSWER_SHARE = 0.1
+SHORT_ANSWER_SHARE = 0.15
 FOLLOW_UP_SHARE = 0.25
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -31,7 +33,7 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     torch.manual_seed(seed)
     try:
         tuned = get_peft_model(model, config)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         names = ", ".join(linear_names(model))
         reason = str(error).splitlines()[0]
         raise ConfigError(f"lora.target_modules = {targets!r}: {reason} This model's linear layers: {names}") from None

@@ -54,12 +54,19 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> Precision:
-    """The formats for a wanted precision; `auto` asks the device."""
+    """The formats for a wanted precision; `auto` asks the device.
+
+    Raises:
+        ConfigError: the precision is not known.
+    """
     if name == "auto":
         name = "fp32"
         if device.type == "cuda":
             name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    compute = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    formats = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name not in formats:
+        raise ConfigError(f"precision {name!r} is not known; use auto, {', '.join(formats)}")
+    compute = formats[name]
     return Precision(frozen=compute, trained=torch.float32, compute=compute)
 
 

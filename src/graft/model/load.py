@@ -78,6 +78,8 @@ def load_base(path: str, dtype: torch.dtype, trust_remote_code: bool = False) ->
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        if "ignore_mismatched_sizes" in str(error):
+            raise InputError(f"model {path}: its weights have other shapes than its config.json says") from None
         raise InputError(f"model {path}: cannot be loaded: {first_line(error)}") from None
     model, report = loaded
     if report["missing_keys"]:
@@ -116,9 +118,9 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
         tuned = PeftModelForCausalLM(model, config)
         report = tuned.load_adapter(str(folder), "default", is_trainable=trainable)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise InputError(
-            f"adapter {folder}: does not fit the model {model.name_or_path}: {first_line(error)}"
-        ) from None
+        said = [line.strip() for line in str(error).splitlines() if line.strip() and not line.rstrip().endswith(":")]
+        reason = said[0] if said else "its weights or settings cannot be read"
+        raise InputError(f"adapter {folder}: does not fit the model {model.name_or_path}: {reason}") from None
     if report.unexpected_keys:
         raise InputError(
             f"adapter {folder}: {len(report.unexpected_keys)} of its weights have no place in the model "

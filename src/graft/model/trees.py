@@ -6,7 +6,7 @@ Shapes: N nodes, M predictors (parents of targets), d hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.bloom.modeling_bloom import BloomForCausalLM
 
+from graft.errors import InputError
 from graft.model import bloom
 from graft.model.adapters import plain
 from graft.model.attention import SEGMENTS, RowMissing, TreeRow, watch_masks
@@ -97,6 +98,7 @@ class TreeLM:
         own = self.base.config._attn_implementation
         singles = [TreeRow.of(row, self.device) for row in build_rows(examples, 64, share=False)]
         reference = [self.logits(single) for single in singles]
+        self._refuse_if_not_causal(examples[0], reference[0])
         self.logit_shape = self._find_logit_shape(singles, reference)
         if self.why_not is not None:
             return
@@ -112,6 +114,22 @@ class TreeLM:
             self.on_trees = False
             if not isinstance(self.base, BloomForCausalLM):
                 self.base.set_attn_implementation(own)
+
+    def _refuse_if_not_causal(self, example: Example, reference: Tensor) -> None:
+        """No logits that predict a token may depend on it: an encoder would be trained to copy.
+
+        Raises:
+            InputError: they do.
+        """
+        ids = example.ids.copy()
+        ids[-1] = (ids[-1] + 1) % next(self.embedding.parameters()).shape[0]
+        (row,) = build_rows([replace(example, ids=ids)], 64)
+        other = self.logits(TreeRow.of(row, self.device))
+        if not _difference(other, reference) <= _tolerance(reference.dtype):
+            raise InputError(
+                f"{self.base.name_or_path}: {type(self.base).__name__} sees later tokens than it predicts, so it is no "
+                "causal language model; choose a model that generates text"
+            )
 
     def _find_logit_shape(self, singles: Sequence[TreeRow], reference: Sequence[Tensor]) -> LogitShape | None:
         """How the logits follow from the decoder's states, checked against the model's own; None if in no such form."""

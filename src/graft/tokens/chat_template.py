@@ -168,6 +168,18 @@ def our_template(name: str, adds_bos: bool, has_im_end: bool) -> str:
     return f"{{%- set start = {start} %}}\n{{%- set stop = {stop} %}}\n{end}{text}"
 
 
+def check_syntax(name: str, template: str) -> None:
+    """Refuse a template that is no Jinja: its rows are not to blame.
+
+    Raises:
+        ConfigError: names the template and the line.
+    """
+    try:
+        _environment().parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(f"chat template {name}: line {error.lineno}: {error.message}; mend the template") from None
+
+
 def read_template_file(wanted: str) -> str:
     """Text of a Jinja file that the user named.
 

@@ -45,9 +45,13 @@ def load_renderer(
     """
     day = _parse_date(date)
     tokenizer = _load_tokenizer(model_path, trust_remote_code)
-    generation_stops = _generation_stops(model_path)
+    # An id that the tokenizer does not have can end nothing.
+    generation_stops = [stop for stop in _generation_stops(model_path) if 0 <= stop < len(tokenizer)]
     notes = _give_eos(tokenizer, generation_stops)
     name, text, tool_text = _choose_template(tokenizer, template, model_path, notes)
+    shown = f"of {model_path}" if name == "model" else name
+    for one in (text, tool_text or ""):
+        chat_template.check_syntax(shown, one)
     tokenizer.chat_template = text if tool_text is None else {"default": text, "tool_use": tool_text}
     plain = Renderer(tokenizer, text, name, day, (), tool_text, chat_template.switches_of(text + (tool_text or "")))
     return finish(plain, generation_stops, notes)
@@ -93,6 +97,8 @@ def _load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedToken
         folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_path) or model_path.startswith(".")
     ):
         raise InputError(f"{model_path}: no such folder; give a model folder, a tokenizer folder or a Hugging Face id")
+    if local and (folder / "config.yaml").is_file() and (folder / "final").is_dir():
+        raise InputError(f"{model_path}: a run folder, not a model; give {folder / 'final'}")
     if local and not any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern)):
         raise InputError(
             f"{model_path}: no tokenizer in this folder (looked for tokenizer.json, tokenizer.model, vocab.json ...); "

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -43,6 +44,7 @@ class State:
     """Updates done."""
     best_loss: float | None = None
     best_step: int | None = None
+    skipped_in_a_row: int = 0
     bad_validations: int = 0
     """Validations since the best one."""
     skipped: int = 0
@@ -112,17 +114,19 @@ def _flush_and_hash(path: Path) -> str:
 
 
 def _cannot_save(run: RunFolder, wanted: Path, error: Exception) -> InputError:
-    newest = newest_checkpoint(run, verify=False)
+    newest = newest_checkpoint(run)
     free = shutil.disk_usage(run.root).free / 2**20
-    kept = f"{newest} is complete: free some space and resume=true" if newest else "there is no earlier checkpoint"
+    kept = f"{newest} is complete: free some space and continue with graft train --resume {run.root}"
+    if newest is None:
+        kept = "There is no earlier checkpoint: free some space and start again"
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return InputError(f"{wanted}: cannot be saved ({reason}; {free:.0f} MiB free). {kept}")
 
 
-def newest_checkpoint(run: RunFolder, verify: bool = True) -> Path | None:
+def newest_checkpoint(run: RunFolder) -> Path | None:
     """The complete checkpoint with the largest step; incomplete or damaged ones are passed over, and named."""
     for path in sorted(_checkpoints(run), key=step_of, reverse=True):
-        damage = find_damage(path) if verify else None
+        damage = find_damage(path)
         if damage is None:
             return path
         warn(f"{path}: {damage}; looking for an older checkpoint")
@@ -133,15 +137,18 @@ def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint by its manifest, in words; None if every byte is as it was written."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        expected = {name: (int(wanted["bytes"]), str(wanted["sha256"])) for name, wanted in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "its manifest cannot be read"
-    for name, wanted in files.items():
+    if "state.json" not in expected or "optimizer.safetensors" not in expected:
+        return "its manifest does not name its files"
+    for name, (size, digest) in expected.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != wanted["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, it was written with {wanted['bytes']}"
-        if _hash(path) != wanted["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, it was written with {size}"
+        if _hash(path) != digest:
             return f"{name} has changed since it was written"
     return None
 
@@ -152,7 +159,7 @@ def _hash(path: Path) -> str:
 
 
 def _checkpoints(run: RunFolder) -> list[Path]:
-    return [path for path in run.checkpoints.glob("step-*") if (path / MANIFEST).is_file()]
+    return [path for path in run.checkpoints.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
 
 
 def step_of(checkpoint: Path) -> int:

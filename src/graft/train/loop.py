@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from graft.config import Train
+from graft.config import Train, load_train
 from graft.console import Advance, note, progress, warn
 from graft.errors import Diverged, InputError, Interrupted
 from graft.model.adapters import add_lora, trainable
@@ -29,7 +29,7 @@ from graft.model.device import Precision, memory_gib, pick_device, pick_precisio
 from graft.model.load import load_adapter, load_base, load_weights
 from graft.model.save import save_model
 from graft.model.trees import TreeLM
-from graft.runs import RunFolder, append_jsonl, make_writable, new_run_folder, write_atomic
+from graft.runs import RunFolder, append_jsonl, make_writable, new_run_folder, read_jsonl, write_atomic
 from graft.tokens.tree import sharing, total_weight
 from graft.train.checkpoint import (
     State,
@@ -70,7 +70,7 @@ def train(settings: Train) -> RunFolder:
 
 
 def open_run(settings: Train) -> tuple[Train, RunFolder]:
-    """The run folder, with every effective value in its config.yaml; a resumed run keeps its date.
+    """The run folder and every effective setting; a resumed run keeps its date.
 
     Raises:
         InputError: the folder cannot be written, holds another run, or holds none to resume.
@@ -84,17 +84,20 @@ def open_run(settings: Train) -> tuple[Train, RunFolder]:
     make_writable(run.root)
     date = settings.encode.date or datetime.datetime.now().astimezone().date().isoformat()
     if settings.resume:
-        date = yaml.safe_load(run.config.read_text(encoding="utf-8"))["encode"]["date"]
+        date = load_train(run.config).encode.date or date
     effective = {
         "out": str(run.root),
         "lr": settings.peak_lr,
         "row_tokens": settings.row_budget,
         "encode": settings.encode.model_copy(update={"date": date}),
     }
-    settings = settings.model_copy(update=effective)
+    return settings.model_copy(update=effective), run
+
+
+def write_settings(settings: Train, run: RunFolder) -> None:
+    """config.yaml with every effective value; it is a recipe too."""
     saved = settings.model_dump(mode="json", exclude={"resume"})
     write_atomic(run.config, yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
-    return settings, run
 
 
 @dataclass(slots=True)
@@ -141,6 +144,7 @@ class Fit:
         self.last_val: float | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
+        write_settings(settings, run)  # not before: a resume that was refused must leave the folder as it was
         self._drop_metrics_after(self.state.step)
         self.val_examples = prepared.val.examples(range(len(prepared.val)))
         found = {"counts": prepared.counts, "thinking": prepared.thinking}
@@ -161,7 +165,12 @@ class Fit:
             update = self._update(self.state.step, stop)
             if update is None:
                 self._stop_here()
-            self.state = replace(self.state, step=self.state.step + 1, skipped=self.stepper.skipped)
+            self.state = replace(
+                self.state,
+                step=self.state.step + 1,
+                skipped=self.stepper.skipped,
+                skipped_in_a_row=self.stepper.skipped_in_a_row,
+            )
             done = self.state.step == self.total_steps
             advance(1, self._said(update))
             if self.state.step % self.settings.log_every == 0 or done:
@@ -174,6 +183,11 @@ class Fit:
 
     def finish(self) -> None:
         """Write `final/`: the last weights, or with `patience` the best ones."""
+        self._refuse_if_not_finite()
+        if self.stepper.skipped >= self.total_steps:
+            raise Diverged(
+                f"all {self.total_steps} steps were skipped because they were not finite: nothing was learnt"
+            )
         best = self.state.best_step
         if self.settings.patience is not None and best is not None and best != self.state.step:
             note(f"final/ holds the weights of step {best}, which had the best validation loss")
@@ -191,6 +205,7 @@ class Fit:
 
     def save(self) -> None:
         """A checkpoint of this moment; older ones than `keep_last` go, never the best."""
+        self._refuse_if_not_finite()
         tensors = optimizer_state(self.optimizer, self.parameters)
         state = replace(self.state, scaler=self.stepper.scaler.state_dict(), window=asdict(self.window))
         save_checkpoint(self.run, self.lm.model, self.prepared.renderer, tensors, state)
@@ -235,7 +250,7 @@ class Fit:
             f"token accuracy {found.token_accuracy:.1%}"
         )
         best = self.state.best_loss
-        better = best is None or found.loss < best
+        better = math.isfinite(found.loss) and (best is None or found.loss < best)
         if better:
             self.state = replace(self.state, best_loss=found.loss, best_step=self.state.step, bad_validations=0)
         else:
@@ -279,6 +294,19 @@ class Fit:
         shapes = [{"rank": 0, "nodes": len(row), "conversations": list(row.conversations)} for row in rows]
         append_jsonl(self.run.trace, {"step": step + 1, "conversations": ids, "rows": shapes})
 
+    def _refuse_if_not_finite(self) -> None:
+        """No checkpoint of spoilt weights may push out a good one.
+
+        Raises:
+            Diverged: a trained weight is NaN or infinite.
+        """
+        for name, parameter in self.parameters.items():
+            if not bool(torch.isfinite(parameter).all()):
+                raise Diverged(
+                    f"step {self.state.step}: {name} is no longer finite, so nothing of it is saved. Lower lr "
+                    f"(now {self.settings.peak_lr}) and start again"
+                )
+
     def _stop_here(self) -> NoReturn:
         self.save()
         raise Interrupted(
@@ -292,6 +320,7 @@ class Fit:
         load_optimizer_state(self.optimizer, self.parameters, tensors)
         self.state = state
         self.stepper.skipped = state.skipped
+        self.stepper.skipped_in_a_row = state.skipped_in_a_row
         self.window = Window(**state.window)
         if state.scaler:
             self.stepper.scaler.load_state_dict(dict(state.scaler))
@@ -301,12 +330,7 @@ class Fit:
         """What was logged after the checkpoint will be logged again."""
         for path in (self.run.metrics, self.run.trace):
             if path.is_file():
-                rows = [
-                    json.loads(line)
-                    for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-                    if line.endswith("\n")
-                ]
-                kept = [row for row in rows if self.settings.resume and row["step"] <= step and (step > 0)]
+                kept = [row for row in read_jsonl(path) if step and row.get("step", step + 1) <= step]
                 write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
     def _say_what_is_trained(self) -> None:
@@ -331,7 +355,7 @@ def load_for_training(
 
     Also returns the number format of the final folder of a full fine-tuning: that of the model it began with.
     """
-    start = checkpoint or (Path(settings.init_from) if settings.init_from else None)
+    start = checkpoint or (weights_folder(settings.init_from) if settings.init_from else None)
     model: PreTrainedModel | PeftModel
     if settings.method == "lora":
         base = load_base(settings.model, precision.frozen, settings.trust_remote_code)
@@ -347,6 +371,12 @@ def load_for_training(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     nn.Module.to(model, device)
     return TreeLM(model, trees=settings.trees), final_dtype
+
+
+def weights_folder(named: str) -> Path:
+    """The folder of weights that `init_from` names; a run stands for its `final/`."""
+    run = RunFolder(Path(named))
+    return run.final if run.exists() and run.final.is_dir() else run.root
 
 
 def longest_example(prepared: Prepared) -> int:

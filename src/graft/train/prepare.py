@@ -14,7 +14,7 @@ from graft.data.split import Parts, split
 from graft.data.write import write_conversations
 from graft.errors import InputError
 from graft.model.load import vocabulary_size
-from graft.runs import RunFolder
+from graft.runs import RunFolder, weights_fingerprint
 from graft.tokens.encode import NOT_THINKING, THINKING
 from graft.tokens.load import load_renderer
 from graft.tokens.plan import Plan
@@ -52,13 +52,17 @@ def prepare(settings: Train, run: RunFolder) -> Prepared:
     note(f"chat template: {renderer.template_name}")
     vocabulary = vocabulary_size(settings.model, settings.trust_remote_code)
     loaded = _load(settings.data)
-    parts, val, test = _parts(settings, loaded)
-    held_out = replace(parts, val=val, test=test)
-    stores = [encode_stored(part, renderer, settings.encode) for part in (held_out.train, held_out.val)]
-    rejects = [*loaded.rejects, *(reject for store in stores for reject in store.rejects)]
+    others = [_load(sources) for sources in (settings.val, settings.test)]
+    held_out = _parts(settings, loaded, *others)
+    train, validation = (encode_stored(part, renderer, settings.encode) for part in (held_out.train, held_out.val))
+    # Each reject is counted against the file that it came from.
+    by_set = [[*part.rejects] for part in (loaded, *others)]
+    by_set[0] += train.rejects
+    by_set[1 if settings.val else 0] += validation.rejects
+    rejects = [reject for of_set in by_set for reject in of_set]
     write_rejects(run.rejects, rejects)
-    refuse_if_too_many(rejects, loaded.read, settings.max_rejected)
-    train, validation = stores
+    for of_set, part in zip(by_set, (loaded, *others), strict=True):
+        refuse_if_too_many(of_set, part.read, settings.max_rejected)
     for text, count in train.notes.items():
         if count:
             note(f"{text}: {count}")
@@ -74,15 +78,21 @@ def prepare(settings: Train, run: RunFolder) -> Prepared:
         settings.max_steps,
     )
     counts = {
-        "read": loaded.read,
+        "read": sum(part.read for part in (loaded, *others)),
         "rejected": len(rejects),
         "train": len(train),
         "val": len(validation),
-        "test": len(test),
+        "test": len(held_out.test),
     }
     note(", ".join(f"{count} {name}" for name, count in counts.items()))
     return Prepared(
-        renderer, train, validation, plan, _made_of(settings, train, renderer, plan), counts, _thinking(train)
+        renderer,
+        train,
+        validation,
+        plan,
+        _made_of(settings, train, validation, renderer, plan),
+        counts,
+        _thinking(train),
     )
 
 
@@ -93,20 +103,20 @@ def _load(sources: Sequence[Source]) -> Loaded:
     return loaded
 
 
-def _parts(settings: Train, loaded: Loaded) -> tuple[Parts, list[Conversation], list[Conversation]]:
-    """The training data's own parts, and the validation and test sets: from their files, or held out."""
+def _parts(settings: Train, loaded: Loaded, val_files: Loaded, test_files: Loaded) -> Parts:
+    """Training, validation and test set: each from its own files, or held out of the training data."""
     parts = split(
         loaded.conversations,
         val=0.0 if settings.val else settings.split.val,
         test=0.0 if settings.test else settings.split.test,
     )
-    val = _load(settings.val).conversations if settings.val else parts.val
-    test = _load(settings.test).conversations if settings.test else parts.test
+    val = val_files.conversations if settings.val else parts.val
+    test = test_files.conversations if settings.test else parts.test
     for text in parts.notes:
         warn(text)
     if not val:
         warn("there is no validation data: overfitting will not be seen; give --val FILE or a larger split.val")
-    return parts, list(val), list(test)
+    return replace(parts, val=val, test=test)
 
 
 def _check_vocabulary(model: str, store: ExampleStore, vocabulary: int | None) -> None:
@@ -138,7 +148,9 @@ def _repeats(
     return tuple(of_conversation[name] for name in store.conversations)
 
 
-def _made_of(settings: Train, train: ExampleStore, renderer: Renderer, plan: Plan) -> dict[str, str]:
+def _made_of(
+    settings: Train, train: ExampleStore, validation: ExampleStore, renderer: Renderer, plan: Plan
+) -> dict[str, str]:
     """What decides the course of a run. Settings that only decide what is watched or kept are left out."""
     decides = settings.model_dump(
         mode="json",
@@ -150,7 +162,9 @@ def _made_of(settings: Train, train: ExampleStore, renderer: Renderer, plan: Pla
     repeats = hashlib.blake2b(repr(plan.repeats).encode(), digest_size=8).hexdigest()
     return {
         "model": str(Path(settings.model).resolve() if Path(settings.model).exists() else settings.model),
+        "model's weights": weights_fingerprint(settings.model),
         "encoded data": train.key,
+        "validation data": validation.key,
         "chat template and tokenizer": renderer.fingerprint(),
         "source weights": repeats,
         **{key: str(value) for key, value in decides.items()},

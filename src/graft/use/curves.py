@@ -68,8 +68,8 @@ def _logged_steps(path: Path) -> float:
 def _of_metrics(name: str, path: Path) -> Curves:
     try:
         rows = list(read_jsonl(path))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as jsonl ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     train = [row for row in rows if row.get("kind") == "train"]
     val = [row for row in rows if row.get("kind") == "val"]
     return Curves(name, _points(train, "loss"), _points(val, "loss"), _points(train, "lr"))

@@ -5,7 +5,6 @@ A run folder, a model folder, an adapter folder and a Hugging Face id are all go
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -14,13 +13,11 @@ from typing import Any, Literal
 
 from graft.config import Encode, Train, load_train
 from graft.errors import InputError
-from graft.runs import RunFolder
+from graft.runs import RunFolder, weights_fingerprint
 from graft.tokens.load import TOKENIZER_FILES
 
 Kind = Literal["model", "adapter", "hub"]
-WEIGHTS = ("*.safetensors", "*.bin")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+|[\w-][\w.-]*")
-_EDGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +65,7 @@ class Target:
 
     def fingerprint(self) -> str:
         """Changes when the weights change: names, sizes and both ends of every weight file (bases apart)."""
-        digest = hashlib.sha256()
-        for path in sorted(p for pattern in WEIGHTS for p in Path(self.folder).glob(pattern)):
-            size = path.stat().st_size
-            digest.update(f"{path.name}:{size}:".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(_EDGE_BYTES))
-                file.seek(max(0, size - _EDGE_BYTES))
-                digest.update(file.read(_EDGE_BYTES))
-        return digest.hexdigest()[:16]
+        return weights_fingerprint(self.folder)
 
 
 def resolve(path: str, base: str | None = None) -> Target:

@@ -242,14 +242,27 @@ def _begin(out: Path, settings: Mapping[str, Any], overwrite: bool) -> dict[str,
         return {}
     if not beside.is_file():
         raise InputError(f"{out}: exists and was not begun by graft predict; choose another --out, or --overwrite")
-    before = json.loads(beside.read_text(encoding="utf-8"))
+    before = _read_settings(beside)
     differences = [f"{key}: {old!r} there, {new!r} now" for key, old, new in _differences(before, json_form(settings))]
     if differences:
         raise InputError(
             f"{out}: was begun with other settings ({'; '.join(differences)}); choose another --out, or --overwrite"
         )
     _cut_torn_line(out)
-    return {row["id"]: row for row in _rows(out)}
+    rows = list(_rows(out))
+    if not all(isinstance(row.get(key), str) for row in rows for key in ("id", "input")):
+        raise InputError(f"{out}: has rows without id or input, so graft did not write it; choose another --out")
+    return {row["id"]: row for row in rows}
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: cannot be read as settings; remove it and its predictions, or use --overwrite")
+    return settings
 
 
 def json_form(value: Any) -> Any:
