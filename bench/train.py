@@ -215,8 +215,8 @@ def run_peer(
 def calibrate(folder: str, lora: Any, rows: Any, tokens: Any, settings: Any) -> dict[str, float]:
     """Median seconds of the peer's step for each way it can be run, over a few steps each."""
     found = {}
-    few = 4
-    for micro, loss_type in ((16, "nll"), (4, "nll"), (4, "chunked_nll"), (2, "nll"), (1, "nll")):
+    few = 3
+    for micro, loss_type in ((16, "nll"), (4, "nll"), (4, "chunked_nll")):
         with tempfile.TemporaryDirectory() as out:
             _, timed = run_peer(
                 folder, lora, None, rows[: few * settings.batch_size], tokens[:few], settings, micro, loss_type,
