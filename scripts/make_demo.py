@@ -9,7 +9,7 @@ Steps, in time order:
 2. train a byte-level BPE tokenizer on it;
 3. build a randomly initialised Llama of about 1.2 million parameters and save it as an ordinary Hugging Face folder;
 4. pretrain it through graft's own raw-text training (`graft train src/graft/demo/pretrain.yaml`), on the GPU where
-   there is one (graft chooses the device), else in about half an hour on two cores;
+   there is one (graft chooses the device), else in about three quarters of an hour on one core;
 5. give the tokens which the text never uses embeddings of their own (see `renew_unused_embeddings`);
 6. copy the trained model to `src/graft/demo/base`, and write the instruction set to `src/graft/demo/data`.
 
@@ -46,7 +46,7 @@ WEIGHTS = "model.safetensors"
 MODEL_FILES = ("config.json", "generation_config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json")
 LARGEST_BASE_MIB = 10
 
-DOCUMENTS = 100_000
+DOCUMENTS = 150_000
 TOKENIZER_DOCUMENTS = 20_000
 VOCABULARY = 1280
 END_OF_TEXT = "<|endoftext|>"

@@ -81,7 +81,9 @@ def _show(evaluation: Evaluation, run: RunFolder, seconds: float) -> None:
     rows = []
     for number in range(0, len(base.answers), max(1, len(base.answers) // 5)):
         question = base.answers[number].question
-        rows.append((question.messages[-1].content, _short(base.answers[number].text), tuned.answers[number].text))
+        rows.append(
+            (question.messages[-1].content, _short(base.answers[number].text), _short(tuned.answers[number].text))
+        )
     table("Some of the test questions", ["question", "base says", "tuned says"], rows, to_stdout=True)
     out.print()
     show(evaluation)
@@ -93,7 +95,7 @@ def _show(evaluation: Evaluation, run: RunFolder, seconds: float) -> None:
         (f"graft data inspect --model {run.final} --data {run.data / 'test.jsonl'}", "what it learns from, per token"),
         ("graft train --model MODEL_FOLDER --data YOUR_FILE", "your own model and data"),
     ):
-        out.print(f"  {command:<70} {why}", markup=False)
+        out.print(f"  {why}:\n      {command}", markup=False)
 
 
 def _short(text: str, most: int = 60) -> str:
