@@ -1,4 +1,4 @@
-"""`graft demo` keeps its promise: from at most 20 % to at least 90 % on unseen questions, every answer ends by itself."""
+"""`graft demo` keeps its promise: from at most 20 % to at least 90 % on unseen questions, each answer ends itself."""
 
 import json
 from pathlib import Path
