@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import json
 import os
 import platform
@@ -42,7 +43,7 @@ from trl import SFTConfig, SFTTrainer
 
 from graft.config import load_train
 from graft.model.adapters import add_lora, trainable
-from graft.model.device import pick_precision
+from graft.model.device import keep_freed_memory, pick_precision
 from graft.model.load import load_base
 from graft.model.trees import TreeLM
 from graft.runs import RunFolder
@@ -132,6 +133,13 @@ class GraftSide:
         model.train()
 
     def step(self, number: int, total: int) -> None:
+        keep_freed_memory()  # as `graft train` does; the peer's steps run with glibc's own settings
+        self._step(number, total)
+        library = ctypes.CDLL(None)
+        for parameter, default in ((-4, 65536), (-1, 128 * 1024), (-2, 128 * 1024), (-3, 128 * 1024)):
+            library.mallopt(parameter, default)
+
+    def _step(self, number: int, total: int) -> None:
         started = time.perf_counter()
         examples = self.prepared.train.examples(self.prepared.plan.step(number))
         rows = self.lm.rows(examples, self.settings.row_budget)
@@ -226,7 +234,7 @@ def calibrate(folder: str, lora: Any, rows: Any, tokens: Any, settings: Any) -> 
     return found
 
 
-def compare(case: str, steps: int, threads: int) -> dict[str, Any]:
+def compare(case: str, steps: int, threads: int, peer: str | None) -> dict[str, Any]:
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "model"
@@ -240,12 +248,12 @@ def compare(case: str, steps: int, threads: int) -> dict[str, Any]:
         # Steps of exactly batch_size, so that the peer's accumulation divides them.
         prepared = fixed_steps(prepared, settings.batch_size, steps)
         rows, tokens = peer_rows(conversations, prepared, steps)
-        calibration = calibrate(str(folder), settings.lora, rows, tokens, settings)
-        best = min(calibration, key=lambda name: calibration[name])
+        calibration = {} if peer else calibrate(str(folder), settings.lora, rows, tokens, settings)
+        best = peer or min(calibration, key=lambda name: calibration[name])
         micro, loss_type = int(best.split(" ")[0]), best.rsplit(" ", 1)[1]
         graft = GraftSide(settings, prepared)
         before = graft.validation_loss()
-        peer_model, peer = run_peer(
+        peer_model, timed = run_peer(
             str(folder), settings.lora, graft.start, rows, tokens, settings, micro, loss_type,
             lambda step: graft.step(step, steps), str(Path(work) / "peer"),
         )  # fmt: skip
@@ -253,7 +261,7 @@ def compare(case: str, steps: int, threads: int) -> dict[str, Any]:
         peer_lm = TreeLM(peer_model)
         val = prepared.val.examples(range(len(prepared.val)))
         peer_after = validate(peer_lm, val, settings.row_budget, graft.precision).loss
-        ours, theirs = graft.timed.tokens_per_s(2), peer.tokens_per_s(2)
+        ours, theirs = graft.timed.tokens_per_s(2), timed.tokens_per_s(2)
         return {
             "case": case, "data": CASES[case], "steps": steps, "batch_size": settings.batch_size,
             "parameters": sum(p.numel() for p in graft.lm.base.parameters()),
@@ -277,6 +285,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=list(CASES), action="append")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--peer", help="skip the calibration: the peer's setting as it names it, '4 x 4, chunked_nll'")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "train.json")
     args = parser.parse_args()
@@ -286,7 +295,7 @@ def main() -> None:
         "device": f"CPU, {args.threads} threads, {platform.processor() or platform.machine()}",
         "commit": commit.strip(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
-        "cases": [compare(case, args.steps, args.threads) for case in args.case or list(CASES)],
+        "cases": [compare(case, args.steps, args.threads, args.peer) for case in args.case or list(CASES)],
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")

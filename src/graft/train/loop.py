@@ -25,7 +25,7 @@ from graft.config import Train, load_train
 from graft.console import Advance, note, progress, warn
 from graft.errors import Diverged, InputError, Interrupted
 from graft.model.adapters import add_lora, trainable
-from graft.model.device import Precision, memory_gib, pick_device, pick_precision
+from graft.model.device import Precision, keep_freed_memory, memory_gib, pick_device, pick_precision
 from graft.model.load import load_adapter, load_base, load_weights
 from graft.model.save import save_model
 from graft.model.trees import TreeLM
@@ -131,6 +131,8 @@ class Fit:
         self.prepared = prepared
         self.total_steps = prepared.plan.total_steps
         device = pick_device(settings.device)
+        if device.type == "cpu":
+            keep_freed_memory()
         self.precision = pick_precision(settings.precision, device)
         checkpoint = newest_checkpoint(run) if settings.resume else None
         self.lm, self.final_dtype = load_for_training(settings, self.precision, device, checkpoint)
