@@ -18,3 +18,9 @@ def material() -> Path:
     if not MATERIAL.is_dir():
         pytest.skip(f"NOT TESTED: the real material is absent ({MATERIAL})")
     return MATERIAL
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test meets what another one encoded, nor writes into the user's cache."""
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))

@@ -14,11 +14,6 @@ from tiny import make_conversations, make_model_folder, write_rows
 from graft.cli.main import main
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     return make_model_folder(tmp_path_factory.mktemp("models") / "llama")

@@ -13,7 +13,6 @@ DEMO = Path(world.__file__).parent
 
 @pytest.mark.slow
 def test_the_demo(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["graft", "demo"])
     with pytest.raises(SystemExit) as left:

@@ -20,11 +20,6 @@ from graft.train.loop import train
 from graft.train.step import Stepper
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
-
-
 def first_rows(source: Path, count: int, out: Path) -> Path:
     """The first rows of a jsonl file or a json list."""
     text = source.read_text(encoding="utf-8")

@@ -21,7 +21,6 @@ def commands(readme: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
 def test_the_commands_run(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     make_model_folder(tmp_path / "my-model")
     write_rows(tmp_path / "my-data.jsonl", make_conversations(60))

@@ -14,11 +14,6 @@ from graft.tokens.load import load_renderer
 from graft.tokens.store import encode_stored, store_key
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
-
-
 def conversations_of(tmp_path, rows=None, name="data.jsonl"):
     rows = make_conversations() if rows is None else rows
     return load_sources([Source(path=write_rows(tmp_path / name, rows))]).conversations

@@ -28,11 +28,6 @@ from graft.train.schedule import learning_rate
 from graft.train.step import Stepper
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     return make_model_folder(tmp_path_factory.mktemp("models") / "llama")

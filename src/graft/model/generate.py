@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer
 
 from graft.config import Sampling
 from graft.errors import InputError
+from graft.model.adapters import plain
 from graft.model.pick import Picker, seeded
 
 Model = PreTrainedModel | PeftModel
@@ -189,11 +190,6 @@ class Stream(Iterator[int]):
         if cache is not None:
             memory.ids, memory.cache = list(self._ids), cache
         return logits
-
-
-def plain(model: Model) -> PreTrainedModel:
-    """The transformers model inside: with an adapter, the base whose layers carry it."""
-    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
 class _Forward:

@@ -14,21 +14,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 import yaml
-from peft import PeftModel
-from torch import nn
-from transformers import PreTrainedModel
 
 from graft.config import Train, load_train
 from graft.console import Advance, note, progress, warn
 from graft.errors import Diverged, InputError, Interrupted
-from graft.model.adapters import add_lora, trainable
-from graft.model.device import Precision, keep_freed_memory, memory_gib, pick_device, pick_precision
-from graft.model.load import load_adapter, load_base, load_weights
+from graft.model.adapters import trainable
+from graft.model.device import keep_freed_memory, memory_gib, pick_device, pick_precision
+from graft.model.load import load_weights
 from graft.model.save import save_model
-from graft.model.trees import TreeLM
 from graft.runs import RunFolder, append_jsonl, make_writable, new_run_folder, read_jsonl, write_atomic
 from graft.tokens.tree import sharing, total_weight
 from graft.train.checkpoint import (
@@ -41,6 +36,7 @@ from graft.train.checkpoint import (
     save_checkpoint,
 )
 from graft.train.environment import describe_environment
+from graft.train.load import check_context, load_for_training, longest_example
 from graft.train.optim import load_optimizer_state, make_optimizer, optimizer_state, set_learning_rate
 from graft.train.prepare import Prepared, prepare
 from graft.train.schedule import learning_rate
@@ -348,68 +344,3 @@ class Fit:
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
     """NaN and infinity as text: JSON has neither, and another reader must not choke on the line that matters most."""
     return {key: str(x) if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
-
-
-def load_for_training(
-    settings: Train, precision: Precision, device: torch.device, checkpoint: Path | None
-) -> tuple[TreeLM, torch.dtype]:
-    """The model on its device, with what is trained from a checkpoint, `init_from`, or afresh.
-
-    Also returns the number format of the final folder of a full fine-tuning: that of the model it began with.
-    """
-    start = checkpoint or (weights_folder(settings.init_from) if settings.init_from else None)
-    model: PreTrainedModel | PeftModel
-    if settings.method == "lora":
-        base = load_base(settings.model, precision.frozen, settings.trust_remote_code)
-        final_dtype = base.dtype
-        if settings.gradient_checkpointing:
-            base.enable_input_require_grads()  # the first layer's inputs need a gradient, or nothing is recomputed
-        model = load_adapter(base, start, trainable=True) if start else add_lora(base, settings.lora, settings.seed)
-    else:
-        model = load_base(str(start or settings.model), precision.trained, settings.trust_remote_code)
-        model.requires_grad_(True)
-        final_dtype = stored_dtype(settings.model)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    nn.Module.to(model, device)
-    return TreeLM(model, trees=settings.trees), final_dtype
-
-
-def weights_folder(named: str) -> Path:
-    """The folder of weights that `init_from` names; a run stands for its `final/`."""
-    run = RunFolder(Path(named))
-    return run.final if run.exists() and run.final.is_dir() else run.root
-
-
-def longest_example(prepared: Prepared) -> int:
-    """Tokens of the longest example of training or validation."""
-    lengths = [int(np.diff(store.start).max()) for store in (prepared.train, prepared.val) if len(store)]
-    return max(lengths)
-
-
-def check_context(lm: TreeLM, model: str, longest: int) -> None:
-    """Say when examples are longer than the context that the model was made for.
-
-    Raises:
-        InputError: its positions are a table, so that there is none for the tokens beyond.
-    """
-    limit = lm.base.config.to_dict().get("max_position_embeddings") or lm.base.config.to_dict().get("n_positions")
-    if not isinstance(limit, int) or longest <= limit:
-        return
-    tables = [m for m in lm.base.modules() if isinstance(m, nn.Embedding) and m is not lm.embedding]
-    if any(limit <= table.num_embeddings <= limit + 2 for table in tables):  # OPT's table has two rows more
-        raise InputError(
-            f"{model}: has positions for {limit} tokens, the longest example has {longest}; "
-            f"set encode.max_length={limit} or less"
-        )
-    warn(f"{model} was made for {limit} tokens; the longest example has {longest}. It may not do well beyond {limit}")
-
-
-def stored_dtype(model: str) -> torch.dtype:
-    """The format that a model's config says its weights are stored in; fp32 where it does not say."""
-    path = Path(model) / "config.json"
-    if not path.is_file():
-        return torch.float32
-    config = json.loads(path.read_text(encoding="utf-8"))
-    named = config.get("dtype") or config.get("torch_dtype")
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(named), torch.float32)

@@ -28,10 +28,6 @@ class Validation:
     tokens: float
     """Sum of the weights of all targets: their number, where every weight is 1."""
 
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
-
 
 def validate(lm: TreeLM, examples: Sequence[Example], row_tokens: int, precision: Precision) -> Validation:
     """Loss and token accuracy; (nan, nan, 0) for a set without targets. No logits are kept."""
