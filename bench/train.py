@@ -41,7 +41,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from graft.config import load_train
+from graft.config.train import load_train
 from graft.model.adapters import add_lora, trainable
 from graft.model.device import keep_freed_memory, pick_precision
 from graft.model.load import load_base

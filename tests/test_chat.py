@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tiny import make_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from graft.config import Sampling, Source
+from graft.config.data import Source
+from graft.config.train import Sampling
 from graft.data.load import load_sources
 from graft.errors import InputError
 from graft.model.generate import generate_batch

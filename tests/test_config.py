@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from graft.config import Train, load_train
+from graft.config.train import Train, load_train
 from graft.errors import ConfigError
 
 

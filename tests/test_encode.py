@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from graft.config import Encode
+from graft.config.train import Encode
 from graft.errors import ConfigError, GraftError, InputError
 from graft.tokens import chat_template, encode, spelling
 from graft.tokens.load import finish, load_renderer

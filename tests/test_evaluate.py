@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from tiny import make_conversations, make_model_folder, write_rows
 from transformers import AutoModelForCausalLM
 
-from graft.config import Encode, Source, Train
+from graft.config.data import Source
+from graft.config.train import Encode, Train
 from graft.data.load import load_sources
 from graft.errors import InputError
 from graft.model.generate import generate_batch
@@ -68,7 +69,7 @@ def _said(tuned, renderer, row, disabled):
 
 
 def _short():
-    from graft.config import Sampling
+    from graft.config.train import Sampling
 
     return Sampling(max_new_tokens=5)
 

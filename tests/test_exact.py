@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import ON_TREES, ONE_PER_ROW, branching_examples, make_model
 
-from graft.config import Lora
+from graft.config.train import Lora
 from graft.model.adapters import add_lora
 from graft.model.attention import DENSE, SEGMENTS, TreeRow
 from graft.model.trees import TreeLM

@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 
-from graft.config import Format as FormatName
+from graft.config.data import Format as FormatName
 from graft.data.formats import FORMATS, check_asked, detect, to_conversation
 from graft.data.turns import split_think
 from graft.errors import InputError

@@ -19,7 +19,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from graft.config import Sampling
+from graft.config.train import Sampling
 from graft.errors import InputError
 from graft.model import generate
 from graft.model.generate import (

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graft.config import Source
+from graft.config.data import Source
 from graft.data.formats import FORMATS, RESERVED, detect, to_conversation
 from graft.data.load import load_sources, refuse_if_too_many, write_rejects
 from graft.data.write import as_row, write_conversations

@@ -12,7 +12,7 @@ from tiny import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
 from graft.cli.main import main
-from graft.config import load_train
+from graft.config.train import load_train
 from graft.errors import Interrupted
 from graft.runs import RunFolder
 from graft.train import loop

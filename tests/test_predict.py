@@ -6,7 +6,8 @@ import pytest
 from tiny import make_conversations, make_model_folder, write_rows
 from transformers import AutoModelForCausalLM
 
-from graft.config import Sampling, Source
+from graft.config.data import Source
+from graft.config.train import Sampling
 from graft.data.load import load_sources
 from graft.errors import InputError
 from graft.model import generate
@@ -149,7 +150,7 @@ def test_questions_are_what_comes_before_the_last_answer():
 
 
 def test_prompts_are_those_of_training(opened, questions, tmp_path):
-    from graft.config import Encode
+    from graft.config.train import Encode
     from graft.tokens.encode import encode_all
 
     conversations = load_sources([Source(path=str(tmp_path / "data.jsonl"))]).conversations

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from graft.config import load_train
+from graft.config.train import load_train
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -8,8 +8,8 @@ from test_encode import ROOMY, byte_tokenizer, renderer, talk
 from typer import Typer
 from typer.testing import CliRunner
 
-from graft.cli.inspect import inspect
-from graft.config import Encode
+from graft.cli.data.inspect import inspect
+from graft.config.train import Encode
 from graft.tokens import show
 from graft.tokens.encode import encode
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from graft.cli.data import app
-from graft.config import Source
+from graft.cli.data.app import app
+from graft.config.data import Source
 from graft.data.load import load_sources
 from graft.data.split import bucket, normalise, part_of, split, split_text
 from graft.errors import ConfigError, DataRefused, InputError

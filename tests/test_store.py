@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tiny import CHATML, make_conversations, make_tokenizer, write_rows
 
-from graft.config import Encode, Source
+from graft.config.data import Source
+from graft.config.train import Encode
 from graft.data.load import load_sources
 from graft.tokens import store
 from graft.tokens.encode import encode_all

@@ -11,7 +11,7 @@ import unicodedata
 import pytest
 from template_pairs import renderer_of, template_names, template_text, tokenizer_of
 
-from graft.config import Encode
+from graft.config.train import Encode
 from graft.tokens import chat_template
 from graft.tokens.encode import encode, encode_all
 from graft.tokens.renderer import message_dict

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny import make_conversations, make_model_folder, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel, BloomConfig, GPT2Config
 
-from graft.config import Train, load_train
+from graft.config.train import Train, load_train
 from graft.errors import DataRefused, Diverged, InputError, Interrupted
 from graft.runs import RunFolder
 from graft.train import checkpoint as checkpoint_module
@@ -159,7 +159,7 @@ def test_a_killed_run_continues_to_the_same_bits(base, tmp_path):
     unbroken = train(settings_for(base, tmp_path, *options, out="unbroken"))
     settings = settings_for(base, tmp_path, *options, out="killed")
     code = (
-        "import json, sys; from graft.config import Train; from graft.train.loop import train\n"
+        "import json, sys; from graft.config.train import Train; from graft.train.loop import train\n"
         "train(Train.model_validate_json(sys.argv[1]))"
     )
     process = subprocess.Popen([sys.executable, "-c", code, settings.model_dump_json()], stderr=subprocess.DEVNULL)

@@ -59,7 +59,7 @@ def chat(
 
     echo "What is the capital?" | graft chat runs/my-run
     """
-    from graft.config import load_sampling
+    from graft.config.train import load_sampling
     from graft.console import err, note
     from graft.use.open import resolve
 

@@ -27,7 +27,7 @@ def demo(
     """
     import time
 
-    from graft.config import load_train
+    from graft.config.train import load_train
     from graft.console import note
     from graft.demo import world
     from graft.runs import new_run_folder
@@ -59,7 +59,7 @@ def demo(
 
 
 def _measure(model: str, test: str) -> Evaluation:
-    from graft.config import Source
+    from graft.config.data import Source
     from graft.use.evaluate import Options, evaluate
     from graft.use.open import resolve
 

@@ -52,7 +52,7 @@ def evaluate(
 
     graft eval my-adapter --data test.jsonl --shots 3 --shots-from train.jsonl
     """
-    from graft.config import Source
+    from graft.config.data import Source
     from graft.console import note
     from graft.runs import make_writable
     from graft.use.evaluate import Options

@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from graft.cli import data
 from graft.cli.chat import chat
+from graft.cli.data.app import app as data
 from graft.cli.demo import demo
 from graft.cli.evaluate import evaluate
-from graft.cli.inspect import inspect
 from graft.cli.plot import plot
 from graft.cli.predict import predict
 from graft.cli.schema import schema
@@ -31,10 +30,9 @@ app = typer.Typer(
     help="From an open base model and a heap of conversations to a measured, served domain expert.\n\n"
     "Start with [bold]graft demo[/bold], then [bold]graft train --model DIR --data FILE[/bold].",
 )
-data.app.command("inspect")(inspect)
 app.command()(demo)
 app.command()(train)
-app.add_typer(data.app, name="data")
+app.add_typer(data, name="data")
 app.command("eval")(evaluate)
 app.command()(predict)
 app.command()(chat)

@@ -57,7 +57,8 @@ def predict(
 
     Example: graft predict runs/my-run --data test.jsonl --out predictions.jsonl
     """
-    from graft.config import Source, load_sampling
+    from graft.config.data import Source
+    from graft.config.train import load_sampling
     from graft.console import note, warn
     from graft.data.load import load_sources
     from graft.errors import InputError

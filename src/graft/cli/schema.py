@@ -13,6 +13,6 @@ def schema() -> None:
     import json
     import sys
 
-    from graft.config import Train
+    from graft.config.train import Train
 
     sys.stdout.write(json.dumps(Train.model_json_schema(), indent=2, ensure_ascii=False) + "\n")

@@ -36,7 +36,7 @@ def train(
 
     graft train --resume runs/my-run
     """
-    from graft.config import load_train
+    from graft.config.train import load_train
 
     recipe, overrides = _sort_words(words or [])
     flags = {

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from graft.config import Source
+from graft.config.data import Source
 from graft.data.formats import FORMATS, Format, check_asked, detect, to_conversation, unused_message_keys
 from graft.data.read import Raw, read_rows
 from graft.data.write import write_lines

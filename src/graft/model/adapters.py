@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from graft.config import Lora
+from graft.config.train import Lora
 from graft.errors import ConfigError
 
 

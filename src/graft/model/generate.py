@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from graft.config import Sampling
+from graft.config.train import Sampling
 from graft.errors import InputError
 from graft.model.adapters import plain
 from graft.model.pick import Picker, seeded

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from graft.config import Sampling
+from graft.config.train import Sampling
 
 
 class Picker:

@@ -17,7 +17,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from graft.config import did_you_mean
+from graft.config.base import did_you_mean
 from graft.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "templates"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graft import console
-from graft.config import Encode
+from graft.config.train import Encode
 from graft.tokens import probe, response, spelling
 from graft.tokens.renderer import Renderer, TemplateRefused
 from graft.tokens.response import Turn

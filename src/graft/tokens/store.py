@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from graft.config import Encode
+from graft.config.train import Encode
 from graft.console import warn_once
 from graft.runs import fsync_folder, write_atomic
 from graft.tokens.encode import Encoded, encode_all

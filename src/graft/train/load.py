@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from graft.config import Train
+from graft.config.train import Train
 from graft.console import warn
 from graft.errors import InputError
 from graft.model.adapters import add_lora

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 
-from graft.config import Train, load_train
+from graft.config.train import Train, load_train
 from graft.console import Advance, note, progress, warn
 from graft.errors import Diverged, InputError, Interrupted
 from graft.model.adapters import trainable

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from graft.config import Train
+from graft.config.train import Train
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], embeddings: set[int], settings: Train) -> torch.optim.AdamW:

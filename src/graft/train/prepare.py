@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from graft.config import Source, Train
+from graft.config.data import Source
+from graft.config.train import Train
 from graft.console import note, warn
 from graft.data.load import Loaded, load_sources, refuse_if_too_many, write_rejects
 from graft.data.split import Parts, split

@@ -10,7 +10,8 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from graft.config import Sampling, did_you_mean
+from graft.config.base import did_you_mean
+from graft.config.train import Sampling
 from graft.data.write import as_row
 from graft.errors import GraftError, InputError
 from graft.model.generate import Model, PromptMemory, Stream

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from graft.config import Encode, Sampling, Source
+from graft.config.data import Source
+from graft.config.train import Encode, Sampling
 from graft.console import note, warn
 from graft.data.load import load_sources
 from graft.data.split import split, split_text

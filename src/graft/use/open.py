@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from graft.config import Encode, Train, load_train
+from graft.config.train import Encode, Train, load_train
 from graft.errors import InputError
 from graft.runs import RunFolder, weights_fingerprint
 from graft.tokens.load import TOKENIZER_FILES

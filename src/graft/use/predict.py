@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from graft.config import Sampling
+from graft.config.train import Sampling
 from graft.console import note, progress, warn
 from graft.errors import InputError
 from graft.runs import write_atomic

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from graft.config import Sampling
+from graft.config.train import Sampling
 from graft.runs import write_atomic
 from graft.use.metrics import Interval, PairedDifference, Proportion, proportion
 from graft.use.predict import Answer, write_predictions

@@ -13,7 +13,7 @@ import typer
 from graft.cli.options import TrustRemoteCode
 
 if TYPE_CHECKING:
-    from graft.config import Encode, Train
+    from graft.config.train import Encode, Train
     from graft.data.load import Loaded
     from graft.tokens.renderer import Renderer
 
@@ -50,7 +50,7 @@ def inspect(
 
 def _settings(model: str, data: list[str], template: str | None, overrides: list[str]) -> Train:
     """The settings of a run with these; `max_length=512` is short for `encode.max_length=512`."""
-    from graft.config import Encode, load_train
+    from graft.config.train import Encode, load_train
 
     own = set(Encode.model_fields)
     full = [f"encode.{item}" if item.partition("=")[0] in own else item for item in overrides]

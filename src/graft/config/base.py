@@ -1,0 +1,176 @@
+"""The base of all settings, and how a recipe becomes them. Knows no setting by name, no torch and no data.
+
+A recipe is YAML; `key=value` overrides (dotted for nested keys: `lora.r=8`) are laid over it. An unknown key is an
+error that names the line and the nearest known key: a typo must never become a silent default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+
+from graft.errors import ConfigError, first_line
+
+S = TypeVar("S", bound="Settings")
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`lr: yes` is a slip, not a learning rate of 1."""
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError("a number or text is expected, not yes or no")
+        return value
+
+
+def load(
+    model: type[S], recipe: Path | None = None, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+) -> S:
+    """Settings from a recipe, `key=value` overrides and the command's own flags (None is not given), in that order.
+
+    Raises:
+        ConfigError: the recipe cannot be read, or a key or value does not fit; names the line where there is one.
+    """
+    values: dict[str, Any] = {}
+    lines: dict[tuple[str, ...], int] = {}
+    if recipe is not None:
+        values, lines = _read_yaml(recipe)
+    for override in overrides:
+        path, value = _parse_override(override)
+        _set(values, path, value, override)
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _set(values, tuple(key.split(".")), value, f"--{key}")
+    return _validate(model, values, lines, str(recipe) if recipe else "the command line")
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """A YAML mapping and the 1-based line of each of its keys, by key path."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"recipe {path}: cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"recipe {path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_aliases(text, path)
+        values = yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader that reads 2e-4
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"recipe {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    except (ValueError, RecursionError) as error:  # an impossible date, brackets without end
+        raise ConfigError(f"recipe {path}: a value cannot be read ({first_line(error)}); put it in quotes") from None
+    if values is None:
+        return {}, {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {path}: expected `key: value` lines, found a {type(values).__name__}")
+    lines: dict[tuple[str, ...], int] = {}
+    _collect_lines(node, (), lines, str(path))
+    return values, lines
+
+
+def _refuse_aliases(text: str, path: Path) -> None:
+    """A recipe needs no YAML aliases, and one that refers to itself, or to others tenfold, would never end."""
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if isinstance(token, yaml.AliasToken):
+            line = token.start_mark.line + 1
+            raise ConfigError(f"recipe {path}:{line}: `*{token.value}` is a YAML alias; write the value out")
+
+
+def _collect_lines(node: yaml.Node | None, path: tuple[str, ...], lines: dict[tuple[str, ...], int], file: str) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name, line = (*path, str(key.value)), key.start_mark.line + 1
+            if name in lines:
+                raise ConfigError(f"recipe {file}:{line}: `{'.'.join(name)}` stands in line {lines[name]} already")
+            lines[name] = line
+            _collect_lines(value, name, lines, file)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[(*path, str(index))] = value.start_mark.line + 1
+            _collect_lines(value, (*path, str(index)), lines, file)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that also reads `2e-4` as a number: YAML 1.1 wants a dot there, people do not."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse_override(text: str) -> tuple[tuple[str, ...], Any]:
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"{text!r}: an override is written key=value, for example lora.r=8")
+    try:
+        return tuple(key.split(".")), yaml.load(value, Loader=_Loader)  # noqa: S506
+    except yaml.YAMLError:
+        return tuple(key.split(".")), value
+
+
+def _set(values: dict[str, Any], path: tuple[str, ...], value: Any, said: str) -> None:
+    """Lay one value over the tree, making mappings on the way."""
+    for key in path[:-1]:
+        inner = values.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{said}: `{key}` is a {type(inner).__name__}, it has no key `{path[-1]}`")
+        values = inner
+    values[path[-1]] = value
+
+
+def _validate(model: type[S], values: Mapping[str, Any], lines: Mapping[tuple[str, ...], int], place: str) -> S:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(model, item, lines, place) for item in error.errors())) from None
+
+
+def _explain(model: type[Settings], item: Any, lines: Mapping[tuple[str, ...], int], place: str) -> str:
+    path = tuple(str(part) for part in item["loc"])
+    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
+    where = f"{place}:{line}" if line else place
+    key = ".".join(path)
+    if item["type"] == "extra_forbidden":
+        hint = did_you_mean(key, setting_names(model))
+        return f"{where}: unknown setting `{key}`{hint or '; `graft schema` lists them all'}"
+    if item["type"] == "missing":
+        return f"{where}: `{key}` is needed, for example --{key.replace('_', '-')} PATH or `{key}: PATH` in the recipe"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{where}: `{key}` = {item['input']!r}: {message}" if key else f"{where}: {message}"
+
+
+def setting_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of every setting, nested ones too: `lora`, `lora.r`, ..."""
+    names: list[str] = []
+    for name, info in model.model_fields.items():
+        names.append(prefix + name)
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            names += setting_names(info.annotation, f"{prefix}{name}.")
+    return names
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """`; did you mean X?` for the nearest known word (a nested name is found by its last part too), or nothing."""
+    last = word.rsplit(".", 1)[-1]
+    by_leaf = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+    if last in by_leaf:
+        return f"; did you mean `{by_leaf[last]}`?"
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if not near:
+        near = [by_leaf[leaf] for leaf in difflib.get_close_matches(last, list(by_leaf), n=1, cutoff=0.6)]
+    return f"; did you mean `{near[0]}`?" if near else ""
