@@ -310,7 +310,7 @@ def test_allowed_beginnings_and_ends():
         ),
         ("alpaca", {"instruction": "a", "output": "b", "history": 3}, "history", "is a number, not a list"),
         ("alpaca", {"instruction": "a", "output": "b", "history": [["q", ""]]}, "history[0][1]", "empty answer"),
-        ("alpaca", {"instruction": "a", "output": "b", "system": 1}, "system", "is a number, not text"),
+        ("alpaca", {"instruction": "a", "output": "b", "system": 1}, "system", None),
         ("sharegpt", {"conversations": [{"value": "x"}]}, "conversations[0].role", "is missing"),
         ("sharegpt", {"conversations": ["x"]}, "conversations[0]", "is text, not an object with role and content"),
         ("sharegpt", {"conversations": [{"from": "human"}]}, "conversations[0].content", "is missing"),

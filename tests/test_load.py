@@ -44,7 +44,14 @@ REAL = [
     ("llamafactory_demos/glaive_toolcall_zh_demo.json", "sharegpt", 300, 2),  # observations without a call
     ("llamafactory_demos/reason_tool_use_demo_50.jsonl", "messages", 50, 0),
     ("llamafactory_demos/v1_sft_demo.jsonl", "messages", 500, 0),
-    ("llamafactory_demos/dpo_en_demo.json", "sharegpt", 300, 300),  # preference pairs
+    ("llamafactory_demos/dpo_en_demo.json", "preference", 300, 0),
+    ("llamafactory_demos/dpo_zh_demo.json", "preference", 300, 0),
+    ("llamafactory_demos/v1_dpo_demo.jsonl", "preference", 10, 0),
+    ("llamafactory_demos/kto_en_demo.json", "messages", 300, 150),  # answers that are not wanted
+    ("llamafactory_demos/wiki_demo.txt", "text", 1, 0),
+    ("self-instruct/seed_tasks.jsonl", "alpaca", 175, 0),
+    ("self-instruct/user_oriented_instructions.jsonl", "alpaca", 252, 0),
+    ("self-instruct/text-davinci-003_predictions.jsonl", "alpaca", 252, 0),
     ("stanford_alpaca/alpaca_5000.json", "alpaca", 5000, 2),  # empty answers
     ("fastchat/dummy_conversation.json", "sharegpt", 500, 0),
     ("llama-lora-fine-tuning/dummy_cn.json", "sharegpt", 910, 0),
@@ -59,7 +66,11 @@ REAL = [
     ("ms_swift_format_samples/alpaca2.csv", "alpaca", 3, 0),
     ("ms_swift_format_samples/chatml.jsonl", "messages", 3, 0),
     ("ms_swift_format_samples/conversations.jsonl", "sharegpt", 3, 0),
+    ("ms_swift_format_samples/multi_modal_1.jsonl", "question-answer", 3, 0),
     ("ms_swift_format_samples/multi_modal_2.jsonl", "question-answer", 3, 3),  # pictures
+    ("ms_swift_format_samples/multi_modal_3.jsonl", "question-answer", 3, 3),
+    ("ms_swift_format_samples/swift_pre.csv", "text", 3, 0),
+    ("ms_swift_format_samples/swift_pre.jsonl", "text", 3, 0),
     ("ms_swift_format_samples/sharegpt.jsonl", "sharegpt", 3, 0),
     ("ms_swift_format_samples/swift_multi.json", "question-answer", 3, 0),
     ("ms_swift_format_samples/swift_multi.jsonl", "question-answer", 3, 0),
@@ -78,10 +89,34 @@ def test_real_files_are_read_unconfigured_and_survive_a_round_trip(material, tmp
     assert loaded.decisions[0] in evidence
     assert len({item.id for item in loaded.conversations}) == read - rejected
     if loaded.conversations:
-        write_conversations(tmp_path / "again.jsonl", loaded.conversations)
-        again = load_sources([source(tmp_path / "again.jsonl")])
-        assert not again.rejects
-        assert comparable(again.conversations) == comparable(loaded.conversations)
+        for name in ("again.jsonl", "again.parquet"):
+            write_conversations(tmp_path / name, loaded.conversations)
+            again = load_sources([source(tmp_path / name)])
+            assert not again.rejects
+            assert comparable(again.conversations) == comparable(loaded.conversations)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("banking77/train.csv", "with `category` it looks like a labelled set: `graft data prompts`"),
+        (
+            "chnsenticorp_etc/ChnSentiCorp_htl_all.csv",
+            "with `label` it looks like a labelled set: `graft data prompts`",
+        ),
+        ("dialogsum/dialogsum.dev.jsonl", "with `summary` it looks like a labelled set: `graft data prompts`"),
+        ("ag_news/test.csv", "its first line names no columns, so they are called column_1"),
+        ("sst2/dev.tsv", "its first line names no columns, so they are called column_1"),
+        ("thucnews_titles/dev.txt", "10000 lines of 2 cells each, it is a table: rename it to dev.tsv"),
+        ("imdb_sample/imdb_sample.csv", "--columns text=review, to learn it by heart"),
+        ("domain-self-instruct/seed_question_家庭教育.jsonl", "questions without answers: --questions"),
+        ("banking77/categories.json", "the row is text, not an object"),
+    ],
+)
+def test_real_files_that_are_no_conversations_say_what_to_do(material, name, said):
+    with pytest.raises(InputError) as error:
+        load_sources([source(material / "data" / name)])
+    assert said in str(error.value)
 
 
 def test_real_tool_calls_and_reasoning_arrive(material):
@@ -112,6 +147,7 @@ def test_several_sources_have_unique_ids_and_their_own_formats(tmp_path):
     assert [item.source for item in loaded.conversations] == [str(first)] * 3 + [str(second)] * 3 + [str(third)] * 2
     assert loaded.decisions == [
         f"{first}: question-answer: 3 of 3 rows have question, answer",
+        f"{first}: columns that go along as meta: instruction, output",
         f"{second}: alpaca (as asked): 3 of 3 rows have instruction, output",
         f"{third}: question-answer: 2 of 2 rows have question, answer",
     ]
@@ -211,7 +247,7 @@ def test_an_unwritable_place_is_named(tmp_path):
 def test_the_examples_of_the_docs_are_detected_and_kept():
     page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
     examples = re.findall(r"^\*\*([\w-]+)\*\* .*?```json\n(.*?)```", page, re.DOTALL | re.MULTILINE)
-    assert [name for name, _ in examples] == list(FORMATS)
+    assert sorted(name for name, _ in examples) == sorted(FORMATS)
     for name, block in examples:
         decoder, rest, rows = json.JSONDecoder(), block.strip(), []
         while rest:

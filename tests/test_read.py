@@ -178,7 +178,14 @@ def test_parquet_values_that_json_lacks(tmp_path):
         ("number.json", b"42", "holds a number, not rows"),
         ("several.json", b'{"data": [{}], "train": [{}]}', "several lists (data, train)"),
         ("wide.jsonl", b"\xff\xfe{\x00}\x00", "UTF-16"),
-        ("a.xlsx", b"PK", "unknown suffix `.xlsx`; graft reads .jsonl"),
+        ("a.xls", b"PK", "unknown suffix `.xls`; graft reads .jsonl"),
+        ("a.xlsx", b"PK", "not a whole xlsx file"),
+        ("a.arrow", b"ARROW1nonsense", "not a whole arrow file"),
+        ("stream.arrow", b"nonsense", "not a whole arrow file"),
+        ("a.jsonl.gz", b"nonsense", "not a whole gz file"),
+        ("a.jsonl.zst", b"nonsense", "not a whole zst file"),
+        ("a.parquet.gz", b"nonsense", "unpack it first"),
+        ("blank.txt", b" \n", "is empty"),
         ("none", b"{}", "unknown suffix ``"),
         ("a.parquet", b"PAR1nonsense", "not a whole parquet file"),
     ],
@@ -199,8 +206,7 @@ def test_missing_files_and_folders_say_what_to_do(tmp_path):
         read_rows(tmp_path / "zzzz.csv")
     with pytest.raises(InputError, match="no folder"):
         read_rows(tmp_path / "nowhere" / "a.jsonl")
-    with pytest.raises(InputError, match=r"is a folder, not a file; name a file in it: train\.jsonl"):
-        read_rows(tmp_path)
+    assert [row.value for row in read_rows(tmp_path)] == [{}]
     (tmp_path / "sub.jsonl").mkdir()
     with pytest.raises(InputError, match="folder without data files"):
         read_rows(tmp_path / "sub.jsonl")

@@ -5,6 +5,7 @@ Nothing here knows what is being said. Colour and bars are left out where stderr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
@@ -36,15 +37,22 @@ out = Console(highlight=False, soft_wrap=True)
 
 _warned: set[str] = set()
 
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+
+
+def plain(text: str) -> str:
+    """The text with what would command the terminal or turn its letters round made visible: it may come from a file."""
+    return _COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
 
 def note(text: str) -> None:
     """One line about what is being done or was decided."""
-    err.print(f"[dim]·[/dim] {escape(text)}")
+    err.print(f"[dim]·[/dim] {escape(plain(text))}")
 
 
 def warn(text: str) -> None:
     """Something the user should know but need not stop for."""
-    err.print(f"[yellow]! {escape(text)}[/yellow]")
+    err.print(f"[yellow]! {escape(plain(text))}[/yellow]")
 
 
 def warn_once(text: str) -> None:
@@ -56,16 +64,18 @@ def warn_once(text: str) -> None:
 
 def fail(text: str) -> None:
     """Why the command ends without having done its work."""
-    err.print(f"[bold red]error:[/bold red] {escape(text)}")
+    err.print(f"[bold red]error:[/bold red] {escape(plain(text))}")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], to_stdout: bool = False) -> None:
     """A table; the first column is left-aligned, the others right-aligned."""
-    view = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    view = Table(
+        title=escape(title), title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False
+    )
     for index, column in enumerate(columns):
-        view.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        view.add_column(escape(column), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        view.add_row(*(escape(cell) for cell in row))
+        view.add_row(*(escape(plain(cell)) for cell in row))
     (out if to_stdout else err).print(view)
 
 

@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from graft.errors import InputError
 
@@ -126,14 +126,17 @@ def make_writable(folder: Path) -> None:
         raise InputError(f"{folder}: cannot write there ({error.strerror}); choose another folder") from None
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file aside, fsync it and rename it into place: readers see the old content or the new, never a part."""
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write in binary, fsynced and renamed to `path` when the block ends, removed when it fails.
+
+    Readers see the old content or the new, never a part; a crash at any byte leaves the old.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with aside.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
@@ -142,6 +145,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             aside.unlink()
         raise
     fsync_folder(path.parent)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all (see `atomic_file`)."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -5,22 +5,41 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from graft.config.base import Settings
+from graft.config.base import Settings, did_you_mean
 
-Format = Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion", "question-answer", "text"]
+Format = Literal["auto", "preference", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "text"]
+
+COLUMNS = (
+    *("messages", "conversations", "instruction", "input", "output", "question", "answer", "prompt", "completion"),
+    *("text", "history", "system", "tools", "chosen", "rejected", "label", "id"),
+)
+"""Names of columns that graft knows, and that `columns` can give to others."""
 
 
 class Source(Settings):
-    """One file of data and how much of it an epoch holds."""
+    """One file, folder or data set and how much of it an epoch holds."""
 
     path: str
-    """A jsonl, json, csv or parquet file."""
+    """A jsonl, json, csv, tsv, xlsx, parquet, arrow, txt or md file, text also as .gz or .zst; `FILE.xlsx#SHEET`; a
+    folder of files, `FOLDER#SPLIT`; or `hf:OWNER/NAME:CONFIG@REVISION#SPLIT`."""
     format: Format = "auto"
     """Layout of its rows; `auto` detects it and says why."""
+    columns: Mapping[str, str] = Field(default_factory=dict)
+    """What its columns are called where their names say nothing to graft, ours to theirs: {question: Frage}."""
     weight: float = Field(default=1.0, gt=0, le=1000)
     """How often each of its conversations appears in an epoch: 2 is twice, 0.5 is another half every epoch."""
+
+    @field_validator("columns")
+    @classmethod
+    def _known_names(cls, value: Mapping[str, str]) -> Mapping[str, str]:
+        for name in value:
+            if name not in COLUMNS:
+                raise ValueError(f"`{name}` is no column of graft's{did_you_mean(name, COLUMNS)}; {', '.join(COLUMNS)}")
+        if len(set(value.values())) < len(value):
+            raise ValueError("two of graft's columns are to be read from one; name different ones")
+        return value
 
 
 def _as_sources(value: Any) -> Any:

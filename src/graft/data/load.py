@@ -5,23 +5,19 @@ Speaks of sources, conversations and rejects. Knows no tokens: what is too long 
 
 from __future__ import annotations
 
-import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 from graft.config.data import Source
-from graft.data.formats import FORMATS, Format, check_asked, detect, to_conversation, unused_message_keys
-from graft.data.read import Raw, read_rows
-from graft.data.write import write_lines
-from graft.errors import DataRefused, InputError
+from graft.data.choose import Choice, choose
+from graft.data.formats import to_conversation, unused_message_keys
+from graft.data.read import Part, open_address
+from graft.data.tally import PartTally, Tally
+from graft.data.write import line_writer, write_lines
+from graft.errors import InputError
 from graft.types import Conversation, Reject
-
-SAMPLE_ROWS = 100
-"""Readable rows at the beginning of a file that decide its format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,87 +33,130 @@ class Loaded:
 
 
 def load_sources(sources: Sequence[Source], require_answer: bool = True) -> Loaded:
-    """Read every source in order, each in its own format, with ids that are unique over all of them.
+    """Everything that `stream_sources` gives, held in memory."""
+    tally = Tally()
+    conversations: list[Conversation] = []
+    rejects: list[Reject] = []
+    for item in stream_sources(sources, tally, require_answer):
+        if isinstance(item, Reject):
+            rejects.append(item)
+        else:
+            conversations.append(item)
+    return Loaded(conversations, rejects, tally.read, tally.decisions)
 
+
+def stream_sources(
+    sources: Sequence[Source], tally: Tally, require_answer: bool = True, check: bool = True
+) -> Iterator[Conversation | Reject]:
+    """Every row of every source in order, each file in its own format, with ids that are unique over all of them.
+
+    Counts into `tally`; its decisions about a file are there once the file has been read to its end.
     Without `require_answer` a conversation may end before its answer: a question that a model will be asked.
+    Without `check` turns may come in any order: for whoever repairs it.
 
     Raises:
         InputError: a file cannot be read, fits no format, or is named twice.
     """
-    parts: list[Loaded] = []
     taken: Counter[str] = Counter()
-    seen: set[Path] = set()
+    for source, part in _parts(sources, tally):
+        choice = choose(part.name, source, part.rows(), require_answer)
+        tally.decisions += choice.notes
+        tally.parts.append(PartTally(part.name, choice.form.name))
+        yield from _stream(source, part, choice, tally, taken, require_answer, check)
+
+
+def _parts(sources: Sequence[Source], tally: Tally) -> Iterator[tuple[Source, Part]]:
+    """All files of all sources. They are looked for before the first is read: a wrong name must not cost an hour."""
+    seen: set[str] = set()
+    found: list[tuple[Source, Part]] = []
     for source in sources:
-        path = Path(source.path).resolve()
-        if path in seen:
-            raise InputError(f"{source.path}: named twice; name it once, with weight: 2 to see its rows twice as often")
-        seen.add(path)
-        parts.append(_load(source, taken, require_answer))
-    return Loaded(
-        [conversation for part in parts for conversation in part.conversations],
-        [reject for part in parts for reject in part.rejects],
-        sum(part.read for part in parts),
-        [decision for part in parts for decision in part.decisions],
-    )
+        opened = open_address(source.path)
+        tally.decisions += opened.notes
+        for part in opened.parts:
+            if not seen.isdisjoint(part.files):
+                raise InputError(
+                    f"{part.name}: named twice; name it once, with weight: 2 to see its rows twice as often"
+                )
+            seen.update(part.files)
+            found.append((source, part))
+    yield from found
 
 
-def _load(source: Source, taken: Counter[str], require_answer: bool) -> Loaded:
-    """What one source holds; `taken` are the ids given so far."""
-    form, rows = _choose(source, read_rows(Path(source.path)))
-    conversations: list[Conversation] = []
-    rejects: list[Reject] = []
-    read, fits, unused = 0, Counter[tuple[str, ...]](), Counter[str]()
-    for raw in rows:
-        read += 1
+def only_conversations(
+    items: Iterable[Conversation | Reject], tally: Tally, rejects: Path, max_rejected: float
+) -> Iterator[Conversation]:
+    """Pass on the conversations and write the rejects to their file; at the end refuse where they were too many.
+
+    The refusal comes while a writer still waits for the next conversation, so its file never appears; the
+    file of the rejects does.
+
+    Raises:
+        DataRefused: more than `max_rejected` (a share) of the rows were rejected.
+        InputError: the file of the rejects cannot be written.
+    """
+    with line_writer(rejects) as write:
+        for item in items:
+            if isinstance(item, Reject):
+                write(asdict(item))
+            else:
+                yield item
+    tally.refuse_if_too_many(max_rejected)
+
+
+def _stream(
+    source: Source,
+    part: Part,
+    choice: Choice,
+    tally: Tally,
+    taken: Counter[str],
+    require_answer: bool,
+    check: bool,
+) -> Iterator[Conversation | Reject]:
+    """What one file holds; `taken` are the ids given so far."""
+    form, fits, unused, kept = choice.form, Counter[tuple[str, ...]](), Counter[str](), Counter[str]()
+    for raw in choice.rows:
         if isinstance(raw.value, Reject):
-            rejects.append(raw.value)
+            tally.reject(raw.value)
+            yield raw.value
             continue
-        if fit := form.fit(raw.value):
+        row = choice.in_our_words(raw.value)
+        if fit := form.fit(row, required=require_answer):
             fits[fit] += 1
-        result = to_conversation(form, raw.value, raw.origin, source.path, require_answer)
+        result = to_conversation(form, row, raw.origin, source.path, require_answer, check)
         if isinstance(result, Reject):
-            rejects.append(result)
+            result = choice.in_their_words(result)
+            tally.reject(result)
+            yield result
             continue
-        conversations.append(_with_unique_id(result, taken))
-        unused.update(unused_message_keys(raw.value))
-    return Loaded(conversations, rejects, read, _decisions(source, form, read, fits, unused))
+        unused.update(unused_message_keys(row))
+        if result.meta:
+            kept.update(result.meta.keys())
+        tally.keep()
+        yield _with_unique_id(result, taken)
+    tally.decisions += _decisions(source, part, choice, tally.parts[-1].read, fits, unused, kept)
 
 
 def _decisions(
-    source: Source, form: Format, read: int, fits: Counter[tuple[str, ...]], unused: Counter[str]
+    source: Source,
+    part: Part,
+    choice: Choice,
+    read: int,
+    fits: Counter[tuple[str, ...]],
+    unused: Counter[str],
+    kept: Counter[str],
 ) -> list[str]:
-    """The format with its evidence, and what of the messages could not be kept."""
-    names = " or ".join(", ".join(fit) for fit, _ in fits.most_common())
+    """The format with its evidence, the columns that it has no use for, and what of the messages could not be kept."""
+    names = " or ".join(", ".join(choice.columns.get(name, name) for name in fit) for fit, _ in fits.most_common())
     how = "" if source.format == "auto" else " (as asked)"
-    decisions = [f"{source.path}: {form.name}{how}: {fits.total()} of {read} rows have {names}"]
+    decisions = [f"{part.name}: {choice.form.name}{how}: {fits.total()} of {read} rows have {names}"]
+    if kept:
+        more = f" and {len(kept) - 8} more" if len(kept) > 8 else ""
+        columns = ", ".join(name[:40] for name, _ in kept.most_common(8))
+        decisions.append(f"{part.name}: columns that go along as meta: {columns}{more}")
     if unused:
-        keys = ", ".join(f"{key} ({count} rows)" for key, count in unused.most_common(8))
-        decisions.append(f"{source.path}: keys of messages that graft has no use for: {keys}")
+        keys = ", ".join(f"{key[:40]} ({count} rows)" for key, count in unused.most_common(8))
+        decisions.append(f"{part.name}: keys of messages that graft has no use for: {keys}")
     return decisions
-
-
-def _choose(source: Source, rows: Iterator[Raw]) -> tuple[Format, Iterator[Raw]]:
-    """The source's format, and all of its rows again."""
-    head: list[Raw] = []
-    sample = []
-    for raw in rows:
-        head.append(raw)
-        if not isinstance(raw.value, Reject):
-            sample.append(raw.value)
-        if len(sample) == SAMPLE_ROWS:
-            break
-    if not sample:
-        first = next(raw.value for raw in head if isinstance(raw.value, Reject))
-        raise InputError(
-            f"{source.path}: none of its {len(head)} rows can be read; the first, line {first.line}: "
-            f"{first.field + ': ' if first.field else ''}{first.reason}"
-        )
-    if source.format == "auto":
-        form = detect(sample, source.path)
-    else:
-        form = FORMATS[source.format]
-        check_asked(form, sample, source.path)
-    return form, chain(head, rows)
 
 
 def _with_unique_id(conversation: Conversation, taken: Counter[str]) -> Conversation:
@@ -135,36 +174,22 @@ def _with_unique_id(conversation: Conversation, taken: Counter[str]) -> Conversa
 
 
 def commonest_reasons(rejects: Iterable[Reject], most: int = 3) -> list[tuple[int, Reject]]:
-    """How often each kind of reason occurs, commonest first, each with its first reject; numbers do not tell apart."""
-    first: dict[str, Reject] = {}
-    counts: Counter[str] = Counter()
-    for reject in rejects:
-        key = re.sub(r"0x[0-9a-f]+|\d+", "N", reject.reason)
-        first.setdefault(key, reject)
-        counts[key] += 1
-    return [(count, first[key]) for key, count in counts.most_common(most)]
+    """How often each kind of reason occurs, commonest first, each with its first reject."""
+    return _tally(rejects).commonest(most)
 
 
 def refuse_if_too_many(rejects: Sequence[Reject], read: int, limit: float) -> None:
-    """Stop when more than `limit` (a share) of the rows read were rejected, or all of them.
+    """`Tally.refuse_if_too_many` for rejects that were collected in a list."""
+    tally = _tally(rejects)
+    tally.kept = read - tally.rejected
+    tally.refuse_if_too_many(limit)
 
-    Raises:
-        DataRefused: with both numbers, the three commonest reasons with an example place each, and the next step.
-    """
-    if not rejects or (len(rejects) <= limit * read and len(rejects) < read):
-        return
-    lines = [
-        f"{len(rejects)} of {read} rows ({len(rejects) / read:.1%}) were rejected, max_rejected allows {limit:.1%}"
-    ]
-    for count, reject in commonest_reasons(rejects):
-        field = f"{reject.field}: " if reject.field else ""
-        lines.append(f"  {count} x {field}{reject.reason}  (first at {reject.file}:{reject.line})")
-    if len(rejects) == read:
-        lines.append("nothing is left; correct the rows, or see docs/data.md for the formats")
-    else:
-        enough = math.ceil(len(rejects) / read * 1000) / 1000
-        lines.append(f"correct the rows, or go on without them: max_rejected={enough:g}")
-    raise DataRefused("\n".join(lines))
+
+def _tally(rejects: Iterable[Reject]) -> Tally:
+    tally = Tally()
+    for reject in rejects:
+        tally.reject(reject)
+    return tally
 
 
 def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:

@@ -1,283 +1,164 @@
-"""Files of rows: jsonl, json, csv, tsv and parquet, one row after the other, each with its place.
+"""What a source names, a file, a folder or a data set of the hub, and its rows in order, each with its place.
 
-Speaks of files, lines and rows. Knows no format: a row is a mapping from column names to values.
+Speaks of addresses, suffixes and rows. Knows no format: a row is a mapping from column names to values.
 A row that cannot be read is a Reject and the others go on; a file that cannot be read is an InputError.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from graft.data.values import UnfitError, kind, parse_json, tidy
+from graft.data import read_hub
+from graft.data.folder import choose_files
+from graft.data.read_arrow import read_arrow, read_parquet, saved_files, saved_parts
+from graft.data.read_json import read_json, read_jsonl, read_text
+from graft.data.read_tables import read_csv, read_tsv, read_xlsx
+from graft.data.rows import PACKED, File, Raw, file_of
 from graft.errors import InputError
-from graft.types import Origin, Reject
 
-BOM = b"\xef\xbb\xbf"
-WRAPPERS = ("data", "train", "rows")
-"""Keys under which a json file that is one object may hold its list of rows."""
+READERS: dict[str, Callable[[File], Iterator[Raw]]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".txt": read_text,
+    ".md": read_text,
+    ".markdown": read_text,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".xlsx": read_xlsx,
+}
+TEXT = (".txt", ".md", ".markdown")
+"""Files that are one row each."""
+BINARY = (".parquet", ".arrow", ".xlsx")
+"""Files that are packed in themselves."""
 
 
 @dataclass(frozen=True, slots=True)
-class Raw:
-    """One row as its file has it."""
+class Part:
+    """Rows of one layout: a file, all text files of a folder, or a split of a data set."""
 
-    origin: Origin
-    value: dict[str, Any] | Reject
-    """Columns and their values, or why the row could not be read."""
+    name: str
+    """What messages call it."""
+    files: tuple[str, ...]
+    """What is read, resolved: no two parts of a command may share one."""
+    rows: Callable[[], Iterator[Raw]]
 
 
-def read_rows(path: Path) -> Iterator[Raw]:
-    """The rows of a file in order, by its suffix: .jsonl .ndjson .json .csv .tsv .parquet.
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What an address names."""
 
-    A byte-order mark and blank lines are passed over. A .json file may be a list of objects, jsonl by another name,
-    or one object that holds the list under one of WRAPPERS.
+    parts: list[Part]
+    notes: list[str]
+    """One sentence per decision taken, such as which files of a folder were left out."""
+
+
+def read_rows(address: Path | str) -> Iterator[Raw]:
+    """All rows that an address names, in order.
 
     Raises:
-        InputError: no such file, a folder, unreadable, an unknown suffix, UTF-16, broken as a whole, or no rows.
+        InputError: see `open_address`; or a file is unreadable, UTF-16, broken as a whole, or has no rows.
     """
-    reader = READERS.get(path.suffix.lower())
+    return chain.from_iterable(part.rows() for part in open_address(str(address)).parts)
+
+
+def open_address(address: str) -> Opened:
+    """The parts that an address names: a file of READERS, also packed as .gz or .zst; `FILE.xlsx#SHEET`; a folder of
+    files, with `#SPLIT` where it has several; a folder that `datasets` saved; `hf:owner/name`, see `read_hub`.
+
+    Raises:
+        InputError: nothing is there, it has no known suffix, or a sheet or split must be named.
+    """
+    if address.startswith(read_hub.PREFIX):
+        wanted = read_hub.parse_address(address)
+        return Opened([Part(address, (address,), lambda: _not_empty(address, read_hub.read_hub(wanted)))], [])
+    path, part = Path(address), ""
     try:
+        if not path.exists() and "#" in address:  # a file may have `#` in its name
+            name, _, part = address.rpartition("#")
+            path = Path(name)
         if path.is_dir():
-            raise InputError(_folder_message(path))
+            return _open_folder(address, path, part)
         if not path.exists():
             raise InputError(_missing_message(path))
-        if reader is None:
-            raise InputError(
-                f"{path}: unknown suffix `{path.suffix}`; graft reads {' '.join(READERS)}: convert or rename the file"
-            )
-        with path.open("rb") as file:
-            start = file.read(2)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-    if start in (b"\xff\xfe", b"\xfe\xff") and path.suffix.lower() != ".parquet":
-        raise InputError(f"{path}: is UTF-16 text; save it as UTF-8, for example: iconv -f UTF-16 -t UTF-8")
-    return _not_empty(path, reader(path))
+    return Opened([_part(address, [file_of(path, part)])], [])
 
 
-def _not_empty(path: Path, rows: Iterator[Raw]) -> Iterator[Raw]:
+def _open_folder(address: str, path: Path, part: str) -> Opened:
+    """A folder that `datasets` saved, or one of files."""
+    splits = saved_parts(path)
+    if splits:
+        if not part and len(splits) > 1:
+            raise InputError(f"{path}: has the splits {', '.join(splits)}; name one: {path}#{splits[0]}")
+        if part and part not in splits:
+            raise InputError(f"{path}: has no split `{part}`; it has {', '.join(splits)}")
+        path, part = path / (part or splits[0]), ""
+    if files := saved_files(path):
+        if part:
+            raise InputError(f"{address}: {path} is a saved data set without splits; leave `#{part}` out")
+        return Opened([_part(address, [file_of(file) for file in files])], [])
+    chosen = choose_files(path, part, tuple(READERS), TEXT)
+    files_read = [file_of(file) for file in chosen.files]
+    if chosen.are_text:
+        return Opened([_part(address, files_read)], chosen.notes)
+    return Opened([_part(str(file.path), [file]) for file in files_read], chosen.notes)
+
+
+def _part(name: str, files: list[File]) -> Part:
+    for file in files:
+        _check(file)
+    keys = tuple(f"{file.path.resolve()}#{file.part}" for file in files)
+    return Part(name, keys, lambda: _not_empty(name, _rows(files)))
+
+
+def _rows(files: list[File]) -> Iterator[Raw]:
+    for file in files:
+        _check_readable(file)
+        yield from READERS[file.suffix](file)
+
+
+def _check(file: File) -> None:
+    """Refuse a file that no reader takes, before any file is read."""
+    packed = file.path.suffix.lower() in PACKED
+    if file.suffix not in READERS:
+        raise InputError(
+            f"{file.path}: unknown suffix `{file.suffix}`; graft reads {' '.join(READERS)}, text also as "
+            f"{' '.join(PACKED)}: convert or rename the file"
+        )
+    if packed and file.suffix in BINARY:
+        raise InputError(f"{file.path}: a {file.suffix} file is not read through {file.path.suffix}; unpack it first")
+    if file.part and file.suffix != ".xlsx":
+        raise InputError(f"{file.path}: only an .xlsx file has sheets; leave `#{file.part}` out")
+
+
+def _check_readable(file: File) -> None:
+    with file.open() as content:
+        start = content.read(2)
+    if start in (b"\xff\xfe", b"\xfe\xff") and file.suffix not in BINARY:
+        raise InputError(f"{file.path}: is UTF-16 text; save it as UTF-8, for example: iconv -f UTF-16 -t UTF-8")
+
+
+def _not_empty(name: str, rows: Iterator[Raw]) -> Iterator[Raw]:
     empty = True
     for row in rows:
         empty = False
         yield row
     if empty:
-        raise InputError(f"{path}: is empty, it has no rows ({path.stat().st_size} bytes); check how it was written")
-
-
-def _folder_message(path: Path) -> str:
-    names = sorted(item.name for item in path.iterdir() if item.suffix.lower() in READERS)
-    if not names:
-        return f"{path}: is a folder without data files; name a file ({' '.join(READERS)})"
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{path}: is a folder, not a file; name a file in it: {', '.join(names[:5])}{more}"
+        raise InputError(f"{name}: is empty, it has no rows; check how it was written")
 
 
 def _missing_message(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
-        return f"{path}: no such file, and no folder {folder} either; check the path"
+        return f"{path}: no such file, and no folder {folder} either; check the path, or write hf:{path} for the hub"
     near = difflib.get_close_matches(path.name, [item.name for item in folder.iterdir()], n=1)
     hint = f"did you mean {folder / near[0]}?" if near else f"check the path (looked in {folder.resolve()})"
     return f"{path}: no such file; {hint}"
-
-
-def _row(origin: Origin, value: Any) -> Raw:
-    """A decoded row, or the reject that it makes."""
-    if not isinstance(value, Mapping):
-        return _reject(origin, "", f"the row is {kind(value)}, not an object with columns")
-    try:
-        return Raw(origin, tidy(value))
-    except UnfitError as error:
-        return _reject(origin, error.field, error.reason)
-
-
-def _reject(origin: Origin, field: str, reason: str) -> Raw:
-    return Raw(origin, Reject(origin.file, origin.line, field, reason))
-
-
-def _read_lines(path: Path) -> Iterator[Raw]:
-    """One JSON object per line. Lines end at \\n only: Unicode has other line ends, and they may stand inside text."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            content = line.removeprefix(BOM) if number == 1 else line
-            if content.strip():
-                yield _parse_line(Origin(str(path), number), content.rstrip())
-
-
-def _parse_line(origin: Origin, line: bytes) -> Raw:
-    try:
-        return _row(origin, parse_json(line.decode()))
-    except UnicodeDecodeError as error:
-        byte = line[error.start]
-        return _reject(
-            origin, "", f"byte 0x{byte:02x} at column {error.start + 1} is not UTF-8; save the file as UTF-8"
-        )
-    except json.JSONDecodeError as error:
-        return _reject(origin, "", f"broken JSON at column {error.colno}: {error.msg}")
-    except ValueError as error:
-        return _reject(origin, "", f"unusable JSON: {error}")
-
-
-def _read_jsonl(path: Path) -> Iterator[Raw]:
-    """Lines, unless the file turns out to be a json list by another name."""
-    first, _ = _first_line(path)
-    if not first.startswith(b"["):
-        return _read_lines(path)
-    try:
-        value = parse_json(path.read_bytes().removeprefix(BOM).decode())
-    except ValueError:
-        return _read_lines(path)
-    return _read_elements(path, value) if isinstance(value, list) else _read_lines(path)
-
-
-def _read_json(path: Path) -> Iterator[Raw]:
-    """A list of objects, an object that wraps one, or lines of objects (jsonl by another name)."""
-    first, more = _first_line(path)
-    if not first:
-        return iter(())
-    if more and _is_object(first):
-        return _read_lines(path)
-    data = path.read_bytes().removeprefix(BOM)
-    try:
-        value = parse_json(data.decode())
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        if _has_object_lines(data):
-            return _read_lines(path)
-        raise InputError(
-            f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8, "
-            "for example: iconv -f GB18030 -t UTF-8"
-        ) from None
-    except json.JSONDecodeError as error:
-        if _has_object_lines(data):
-            return _read_lines(path)
-        raise InputError(
-            f"{path}:{error.lineno}: broken JSON at column {error.colno} ({error.msg}); "
-            "the file must be one list of objects, or one object per line"
-        ) from None
-    except ValueError as error:
-        raise InputError(f"{path}: unusable JSON ({error}); remove that value") from None
-    return _read_elements(path, _unwrap(path, value))
-
-
-def _first_line(path: Path) -> tuple[bytes, bool]:
-    """The first line that is not blank, stripped, and whether another one follows it."""
-    first = b""
-    with path.open("rb") as file:
-        for number, line in enumerate(file):
-            content = (line.removeprefix(BOM) if number == 0 else line).strip()
-            if content and first:
-                return first, True
-            first = first or content
-    return first, False
-
-
-def _is_object(line: bytes) -> bool:
-    try:
-        return isinstance(parse_json(line.decode()), dict)
-    except ValueError:  # also no UTF-8
-        return False
-
-
-def _has_object_lines(data: bytes) -> bool:
-    """Whether a file that is broken as a whole is meant line by line: an unindented line is an object by itself."""
-    return any(line.startswith(b"{") and _is_object(line) for line in data.split(b"\n"))
-
-
-def _unwrap(path: Path, value: Any) -> list[Any]:
-    """The list of rows of a decoded json file; an object that wraps no list is a single row."""
-    if isinstance(value, list):
-        return value
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds {kind(value)}, not rows; it must be a list of objects, or one object per line")
-    lists = [key for key in WRAPPERS if _has_objects(value.get(key))]
-    if len(lists) > 1:
-        raise InputError(f"{path}: holds several lists ({', '.join(lists)}); save the one to use as a file of its own")
-    return list(value[lists[0]]) if lists else [value]
-
-
-def _has_objects(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(item, Mapping) for item in value)
-
-
-def _read_elements(path: Path, values: Iterable[Any]) -> Iterator[Raw]:
-    for number, value in enumerate(values, 1):
-        yield _row(Origin(str(path), number), value)
-
-
-def _read_csv(path: Path) -> Iterator[Raw]:
-    return _read_delimited(path, ",")
-
-
-def _read_tsv(path: Path) -> Iterator[Raw]:
-    return _read_delimited(path, "\t")
-
-
-def _read_delimited(path: Path, delimiter: str) -> Iterator[Raw]:
-    """Rows under a header line; quoted cells may hold line ends. A row's line is the one on which it begins."""
-    csv.field_size_limit(2**31 - 1)  # the default refuses cells over 128 KiB: long documents
-    # A byte that is not UTF-8 must cost its own row only, so it is let through here and refused in `tidy`.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        header: list[str] = []
-        while True:
-            origin = Origin(str(path), reader.line_num + 1)
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                if not header:
-                    raise InputError(
-                        f"{origin}: the header is not {path.suffix[1:]} ({error}); check its quotes"
-                    ) from None
-                yield _reject(origin, "", f"not {path.suffix[1:]}: {error}; double the quotes inside a quoted cell")
-                continue
-            if not cells:
-                continue
-            if not header:
-                header = _header(origin, cells)
-            elif len(cells) != len(header):
-                yield _reject(origin, "", f"the row has {len(cells)} cells, the header {len(header)}")
-            else:
-                yield _row(origin, dict(zip(header, cells, strict=True)))
-
-
-def _header(origin: Origin, cells: list[str]) -> list[str]:
-    """Column names; a nameless column, as pandas writes its index, is called column_N."""
-    names = [cell.strip() or f"column_{number}" for number, cell in enumerate(cells, 1)]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(f"{origin}: the header names `{twice[0]}` more than once; give every column its own name")
-    return names
-
-
-def _read_parquet(path: Path) -> Iterator[Raw]:
-    import pyarrow as pa  # here, because it would slow the start of every other command
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield _row(Origin(str(path), number), value)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: not a whole parquet file (after row {number}: {reason}); write it again") from None
-
-
-READERS: dict[str, Callable[[Path], Iterator[Raw]]] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".parquet": _read_parquet,
-}

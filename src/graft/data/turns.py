@@ -1,4 +1,4 @@
-"""One turn of a chat as data files write it, read as a Message; and the order that turns must have.
+"""One turn of a chat as data files write it, read as a Message.
 
 Speaks of roles, content, reasoning, tool calls and weights. Knows no files, columns or formats.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
-from graft.data.values import UnfitError, kind, parse_json, tidy
+from graft.data.calls import calls_in_text, read_call, split_tagged_calls
+from graft.data.values import UnfitError, kind, list_of, text_of
 from graft.types import Message, Role
 
 
@@ -23,8 +25,10 @@ class Turn(NamedTuple):
 _ROLES: dict[str, Role | Literal["function_call"]] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "chatbot"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function", "function_response", "ipython"), "tool"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "chatbot", "bot"), "assistant"),
+    **dict.fromkeys(
+        ("tool", "observation", "observations", "function", "function_response", "tool_response", "ipython"), "tool"
+    ),
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
 }
 """What the roles are called elsewhere. A `function_call` is an assistant turn whose content is the call as JSON."""
@@ -33,7 +37,7 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 MESSAGE_KEYS = frozenset(
     {
         *("role", "from", "content", "value", "name", "tool_calls", "function_call", "tool_call_id"),
-        *("weight", "loss_weight", "train", "loss", "human", "assistant"),
+        *("weight", "loss_weight", "loss_scale", "train", "loss", "human", "user", "assistant"),
         *_REASONING,
     }
 )
@@ -56,41 +60,6 @@ def split_think(content: str) -> tuple[str | None, str]:
     return None, content
 
 
-def text_of(value: Any, place: str) -> str:
-    """The value, which must be text.
-
-    Raises:
-        UnfitError: it is something else.
-    """
-    if isinstance(value, str):
-        return value
-    if value is None:
-        raise UnfitError(place, "is missing")
-    raise UnfitError(place, f"is {kind(value)}, not text")
-
-
-def list_of(value: Any, place: str) -> list[Any]:
-    """The value, which must be a list or the JSON text of one; null and empty text are the empty list.
-
-    Raises:
-        UnfitError: it is something else, or no JSON.
-    """
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return []
-    if isinstance(value, str):
-        value = _parsed(value, place)
-    if not isinstance(value, list):
-        raise UnfitError(place, f"is {kind(value)}, not a list")
-    return value
-
-
-def _parsed(text: str, place: str) -> Any:
-    try:
-        return tidy(parse_json(text), place)
-    except ValueError as error:
-        raise UnfitError(place, f"is text that should be JSON: {error}") from None
-
-
 def read_turns(values: Sequence[Any], place: str) -> list[Turn]:
     """The messages of a list; `place` is the list's name.
 
@@ -100,12 +69,77 @@ def read_turns(values: Sequence[Any], place: str) -> list[Turn]:
     turns: list[Turn] = []
     for index, value in enumerate(values):
         here = f"{place}[{index}]"
-        if isinstance(value, Mapping) and "human" in value and "assistant" in value:  # a pair of turns in one object
-            turns.append(user(f"{here}.human", text_of(value["human"], f"{here}.human")))
-            turns.append(assistant(f"{here}.assistant", text_of(value["assistant"], f"{here}.assistant")))
+        if not isinstance(value, dict):
+            raise UnfitError(here, f"is {kind(value)}, not an object with role and content")
+        if "assistant" in value and (pair := _pair(value, here)):
+            turns += pair
+        elif results := _tool_results(value, here):
+            turns += results
         else:
             turns.append(Turn(here, read_message(value, here)))
+            if index and turns[-1].message.tool_calls and _role(value) == _role(values[index - 1]) == "function_call":
+                turns[-2:] = [_one_turn(turns[-2], turns[-1])]
     return turns
+
+
+def _pair(value: Mapping[str, Any], place: str) -> list[Turn]:
+    """A question and its answer in one object, {"human": ..., "assistant": ...}; nothing where it is none."""
+    ask = "human" if "human" in value else "user"
+    if ask not in value or "assistant" not in value:
+        return []
+    return [
+        user(f"{place}.{ask}", text_of(value[ask], f"{place}.{ask}")),
+        assistant(f"{place}.assistant", text_of(value["assistant"], f"{place}.assistant")),
+    ]
+
+
+def _tool_results(value: Mapping[str, Any], place: str) -> list[Turn]:
+    """The tool turns, and the user's, in a message that holds results; nothing where it holds none.
+
+    Anthropic has `tool_result` parts in a user's message; ShareGPT sets for Hermes have `<tool_response>` blocks.
+    """
+    content = value.get("content")
+    if isinstance(content, list) and any(_is_result(part) for part in content) and _role(value) in ("user", "tool"):
+        return _result_parts(value, content, place)
+    said = value.get("value")
+    if not isinstance(said, str) or "<tool_response>" not in said or _role(value) != "tool":
+        return []
+    blocks = _RESPONSE.findall(said)
+    if _RESPONSE.sub("", said).strip():
+        return []
+    return [Turn(place, Message("tool", block)) for block in blocks]
+
+
+_RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
+
+
+def _is_result(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "tool_result"
+
+
+def _result_parts(value: Mapping[str, Any], parts: Sequence[Any], place: str) -> list[Turn]:
+    turns: list[Turn] = []
+    rest: list[Any] = []
+    for index, part in enumerate(parts):
+        if _is_result(part):
+            here = f"{place}.content[{index}]"
+            name = _optional_text(part, "tool_use_id", here)
+            turns.append(Turn(here, Message("tool", content_text(part.get("content"), here), tool_call_id=name)))
+        rest.append("" if _is_result(part) else part)  # an empty part keeps the places of those behind it
+    return turns + ([Turn(place, read_message({**value, "content": rest}, place))] if any(rest) else [])
+
+
+def _role(value: Any) -> str | None:
+    """The role of a message by our name; None where it has none that is known."""
+    name = value.get("role", value.get("from")) if isinstance(value, Mapping) else None
+    return _ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+
+
+def _one_turn(first: Turn, second: Turn) -> Turn:
+    """Calls that stand one after the other are the calls of one turn."""
+    calls = (*first.message.tool_calls, *second.message.tool_calls)
+    thoughts = [thought for thought in (first.message.reasoning, second.message.reasoning) if thought]
+    return Turn(first.place, replace(first.message, tool_calls=calls, reasoning="\n\n".join(thoughts) or None))
 
 
 def system(place: str, content: str) -> Turn:
@@ -124,33 +158,36 @@ def assistant(place: str, content: str) -> Turn:
     return Turn(place, Message("assistant", answer, reasoning=reasoning))
 
 
-def read_message(value: Any, place: str) -> Message:
+def read_message(value: Mapping[str, Any], place: str) -> Message:
     """A message in OpenAI's form (role, content) or ShareGPT's (from, value).
 
     Raises:
         UnfitError: it cannot be read without a guess; names the place down to the key.
     """
-    if not isinstance(value, Mapping):
-        raise UnfitError(place, f"is {kind(value)}, not an object with role and content")
     role_key = "role" if value.get("role") is not None else "from"
     name = text_of(value.get(role_key), f"{place}.{role_key if role_key in value else 'role'}")
     role = _ROLES.get(name.strip().lower())
     if role is None:
         raise UnfitError(f"{place}.{role_key}", f"unknown role `{name[:40]}`; roles are {', '.join(_ROLES)}")
     key = "content" if value.get("content") is not None or "value" not in value else "value"
-    parts = _content(value.get(key), f"{place}.{key}")
+    given = value.get(key)
+    if len(value) == 2 and isinstance(given, str) and role != "function_call":  # only role and text, as most are
+        return _plain_message(role, given, f"{place}.{key}")
+    parts = _Content(given, None, []) if isinstance(given, str) else _content(given, f"{place}.{key}")
     calls = [*parts.calls, *_tool_calls(value, place)]
     reasoning, content = parts.reasoning, parts.text
     if role == "function_call":
         role = "assistant"
         reasoning, content = split_think(content)
-        calls += _calls_in_text(content, f"{place}.{key}")
+        calls += calls_in_text(content, f"{place}.{key}")
         content = ""
     elif role == "assistant":
         reasoning, content = _reasoning(value, place, reasoning, content)
+        if not calls and value.get("tool_calls") is None:  # an empty list says that there are none in the text either
+            content, calls = split_tagged_calls(content, f"{place}.{key}")
     elif calls or parts.reasoning or any(value.get(name) for name in _REASONING):
         raise UnfitError(place, f"a {role} turn with reasoning or tool calls; only an assistant turn can have them")
-    elif value.get(key) is None:
+    elif given is None:
         raise UnfitError(f"{place}.{key}", "is missing")
     return Message(
         role=role,
@@ -163,10 +200,30 @@ def read_message(value: Any, place: str) -> Message:
     )
 
 
+def _plain_message(role: Role, said: str, place: str) -> Message:
+    if role != "assistant":
+        return Message(role, said)
+    reasoning, content = split_think(said)
+    content, calls = split_tagged_calls(content, place)
+    return Message(role, content, reasoning, tuple(calls))
+
+
 class _Content(NamedTuple):
     text: str
     reasoning: str | None
     calls: list[dict[str, Any]]
+
+
+def content_text(value: Any, place: str) -> str:
+    """Text, or a list of text parts; null is none.
+
+    Raises:
+        UnfitError: it is something else, or has other parts.
+    """
+    content = _content(value, place)
+    if content.reasoning or content.calls:
+        raise UnfitError(place, "has reasoning or tool calls; only an assistant turn can have them")
+    return content.text
 
 
 def _content(value: Any, place: str) -> _Content:
@@ -187,12 +244,15 @@ def _content(value: Any, place: str) -> _Content:
             raise UnfitError(here, f"is {kind(part)}, not a part with type and text")
         what = part.get("type")
         inner = next((part[key] for key in ("text", "value", "thinking") if part.get(key) is not None), None)
-        if what == "text":
+        if what in ("text", "input_text", "output_text"):
             texts.append(text_of(inner, here))
         elif what in ("reasoning", "thinking"):
             thoughts.append(text_of(inner, here))
         elif what == "tool_call":
-            calls += _calls_in_text(text_of(inner, here), here)
+            calls += calls_in_text(text_of(inner, here), here)
+        elif what == "tool_use":  # Anthropic's
+            call = {"name": part.get("name"), "arguments": part.get("input"), "id": part.get("id")}
+            calls.append(read_call(call, here))
         else:
             shown = what[:40] if isinstance(what, str) else kind(what)
             raise UnfitError(f"{here}.type", f"is `{shown}`; only text, reasoning and tool_call parts can be read")
@@ -216,8 +276,8 @@ def _optional_text(value: Mapping[str, Any], key: str, place: str) -> str | None
 
 
 def _weight(value: Mapping[str, Any], place: str) -> float | None:
-    """Loss weight from `weight` or `loss_weight` (a number >= 0), or from `train` or `loss` (true or false)."""
-    for key in ("weight", "loss_weight"):
+    """Loss weight: a number >= 0 (`weight`, `loss_weight`, `loss_scale`), or true or false (`train`, `loss`)."""
+    for key in ("weight", "loss_weight", "loss_scale"):
         number = value.get(key)
         if number is None:
             continue
@@ -238,109 +298,10 @@ def _weight(value: Mapping[str, Any], place: str) -> float | None:
 
 def _tool_calls(value: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
     """Calls under `tool_calls`, or the single one under `function_call` as older OpenAI files have it."""
+    if value.get("tool_calls") is None and value.get("function_call") is None:
+        return []
     calls = list_of(value.get("tool_calls"), f"{place}.tool_calls")
-    read = [_call(call, f"{place}.tool_calls[{index}]") for index, call in enumerate(calls)]
+    read = [read_call(call, f"{place}.tool_calls[{index}]") for index, call in enumerate(calls)]
     if value.get("function_call") is not None:
-        read.append(_call(value["function_call"], f"{place}.function_call"))
+        read.append(read_call(value["function_call"], f"{place}.function_call"))
     return read
-
-
-def _calls_in_text(text: str, place: str) -> list[dict[str, Any]]:
-    value = _parsed(text, place)
-    if isinstance(value, list):
-        return [_call(call, f"{place}[{index}]") for index, call in enumerate(value)]
-    return [_call(value, place)]
-
-
-def _call(value: Any, place: str) -> dict[str, Any]:
-    """A tool call in OpenAI's form with parsed arguments; name first, for templates that write the object as it is."""
-    if not isinstance(value, Mapping):
-        raise UnfitError(place, f"is {kind(value)}, not an object with name and arguments")
-    wrapped = value.get("function") is not None
-    function = value["function"] if wrapped else value
-    where = f"{place}.function" if wrapped else place
-    if not isinstance(function, Mapping):
-        raise UnfitError(where, f"is {kind(function)}, not an object with name and arguments")
-    name = text_of(function.get("name"), f"{where}.name")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        arguments = _parsed(arguments, f"{where}.arguments") if arguments.strip() else {}
-    arguments = {} if arguments is None else arguments
-    if not isinstance(arguments, Mapping):
-        raise UnfitError(f"{where}.arguments", f"is {kind(arguments)}, not an object")
-    inner: dict[str, Any] = {"name": name, "arguments": arguments}
-    own = ("type", "function", "name", "arguments")
-    outer = {key: item for key, item in value.items() if key not in own and item is not None}
-    if wrapped:
-        inner |= {key: item for key, item in function.items() if key not in inner and item is not None}
-    return {"type": "function", "function": inner, **outer}
-
-
-def read_tools(value: Any, place: str) -> tuple[dict[str, Any], ...]:
-    """Tool descriptions in OpenAI's form, from a list or its JSON text; a bare function description is wrapped.
-
-    Raises:
-        UnfitError: an element describes no function.
-    """
-    tools: list[dict[str, Any]] = []
-    for index, item in enumerate(list_of(value, place)):
-        here = f"{place}[{index}]"
-        tool = _parsed(item, here) if isinstance(item, str) else item
-        if not isinstance(tool, Mapping):
-            raise UnfitError(here, f"is {kind(tool)}, not the description of a function")
-        if isinstance(tool.get("function"), Mapping):
-            tools.append(dict(tool))
-        elif isinstance(tool.get("name"), str):
-            tools.append({"type": "function", "function": dict(tool)})
-        else:
-            raise UnfitError(here, "describes no function: it has neither `function` nor `name`")
-    return tuple(tools)
-
-
-def without_empty_answer(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """The turns without an empty assistant turn at their end: the answer is still to be given."""
-    if not turns:
-        return turns
-    last = turns[-1].message
-    empty = last.role == "assistant" and not last.tool_calls and not last.content.strip()
-    return turns[:-1] if empty else turns
-
-
-def check_turns(turns: Sequence[Turn], place: str, require_answer: bool = True) -> None:
-    """Refuse a conversation that no template can be trusted with.
-
-    A system turn may only be the first. User and assistant turns alternate (an assistant may begin), tool turns follow
-    an assistant's tool calls and are answered by the assistant. There is an assistant turn where one is required, and
-    none is empty.
-
-    Raises:
-        UnfitError: names the turn, and both roles where the order is wrong.
-    """
-    if not turns:
-        raise UnfitError(place, "has no messages")
-    before: Turn | None = None
-    for turn in turns:
-        _check_order(before, turn)
-        message = turn.message
-        if message.role == "assistant" and not message.tool_calls and not message.content.strip():
-            raise UnfitError(turn.place, "empty answer")
-        before = turn
-    if require_answer and all(turn.message.role != "assistant" for turn in turns):
-        raise UnfitError(place, "no assistant turn")
-
-
-def _check_order(before: Turn | None, turn: Turn) -> None:
-    role = turn.message.role
-    last = before.message.role if before else None
-    wrong = ""
-    if role == "tool" and last != "tool" and not (before and before.message.tool_calls):
-        wrong = "a tool turn must follow an assistant's tool calls"
-    elif role == "system" and before:
-        wrong = "a system turn can only be the first"
-    elif role == "user" and last == "tool":
-        wrong = "the assistant must answer the tool first"
-    elif role == last and role != "tool":
-        wrong = "merge the two into one turn"
-    if wrong:
-        after = f"right after {before.message.role} ({before.place})" if before else "at the start"
-        raise UnfitError(turn.place, f"roles out of order: {role} {after}; {wrong}")

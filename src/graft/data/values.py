@@ -19,9 +19,12 @@ class UnfitError(Exception):
     """A value that cannot be used; whoever knows the row's place makes a Reject of it. Never reaches the user."""
 
     def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
+        super().__init__(field, reason)  # both: it may cross from one process to another
         self.field = field
         self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.reason}"
 
 
 def _constant(name: str) -> None:
@@ -66,12 +69,40 @@ def kind(value: Any) -> str:
     return "an object" if isinstance(value, Mapping) else "a list"
 
 
-def tidy(value: Any, place: str = "", depth: int = 0) -> Any:
+def tidy(value: Any, place: str = "") -> Any:
     """The same value with only what JSON and UTF-8 can hold: NaN and missing become None, dates become ISO text.
 
     Raises:
         UnfitError: a lone surrogate, bytes that are not UTF-8, an infinity, or nesting deeper than MAX_DEPTH.
     """
+    return value if _is_tidy(value, 0) else _tidied(value, place, 0)
+
+
+def _is_tidy(value: Any, depth: int) -> bool:
+    """Whether there is nothing to do: nearly always, so this names no places and makes nothing new."""
+    what = type(value)
+    if what is str:
+        return value.isascii() or _is_text(value)
+    if value is None or what is bool or what is int:
+        return True
+    if what is dict:
+        return depth < MAX_DEPTH and all(
+            type(key) is str and _is_tidy(key, depth) and _is_tidy(item, depth + 1) for key, item in value.items()
+        )
+    if what is list:
+        return depth < MAX_DEPTH and all(_is_tidy(item, depth + 1) for item in value)
+    return what is float and math.isfinite(value)
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _tidied(value: Any, place: str, depth: int) -> Any:
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, str):
@@ -82,10 +113,10 @@ def tidy(value: Any, place: str = "", depth: int = 0) -> Any:
         raise UnfitError(place, f"nested more than {MAX_DEPTH} levels deep")
     if isinstance(value, Mapping):
         return {
-            _text(str(key), place): tidy(item, f"{place}.{key}" if place else str(key), depth + 1)
+            _text(str(key), place): _tidied(item, f"{place}.{key}" if place else str(key), depth + 1)
             for key, item in value.items()
         }
-    return [tidy(item, f"{place}[{index}]", depth + 1) for index, item in enumerate(value)]
+    return [_tidied(item, f"{place}[{index}]", depth + 1) for index, item in enumerate(value)]
 
 
 def _other(value: Any, place: str) -> Any:
@@ -117,3 +148,43 @@ def _text(value: str, place: str) -> str:
             reason = f"half of a surrogate pair (U+{code:04X}) at character {error.start + 1} is no text"
         raise UnfitError(where, reason) from None
     return value
+
+
+def text_of(value: Any, place: str) -> str:
+    """The value, which must be text.
+
+    Raises:
+        UnfitError: it is something else.
+    """
+    if isinstance(value, str):
+        return value
+    if value is None:
+        raise UnfitError(place, "is missing")
+    raise UnfitError(place, f"is {kind(value)}, not text")
+
+
+def list_of(value: Any, place: str) -> list[Any]:
+    """The value, which must be a list or the JSON text of one; null and empty text are the empty list.
+
+    Raises:
+        UnfitError: it is something else, or no JSON.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return []
+    if isinstance(value, str):
+        value = parsed(value, place)
+    if not isinstance(value, list):
+        raise UnfitError(place, f"is {kind(value)}, not a list")
+    return value
+
+
+def parsed(text: str, place: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        UnfitError: it is no JSON.
+    """
+    try:
+        return tidy(parse_json(text), place)
+    except ValueError as error:
+        raise UnfitError(place, f"is text that should be JSON: {error}") from None

@@ -1,4 +1,4 @@
-"""`graft data import`: files of any known layout to canonical chat-messages jsonl."""
+"""`graft data import`: data of any known layout to canonical conversations."""
 
 from __future__ import annotations
 
@@ -7,28 +7,41 @@ from typing import Annotated
 
 import typer
 
-from graft.cli.data.shared import AsJson, Files, FormatName, MaxRejected, keep_sources, load, report
+from graft.cli.data.shared import AsJson, Files, FormatName, MaxRejected, keep_sources, report, sources_of
 
 
 def import_data(
     files: Files,
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The chat-messages jsonl file to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write: .jsonl, .jsonl.gz, .jsonl.zst or .parquet.")],
     rejects: Annotated[
         Path | None, typer.Option(help="Where rejected rows are listed.", show_default="OUT with .rejects.jsonl")
     ] = None,
     form: FormatName = "auto",
+    columns: Annotated[
+        str | None,
+        typer.Option(help="What columns are called, ours=theirs: question=Frage,answer=Antwort.", metavar="A=B,..."),
+    ] = None,
+    questions: Annotated[
+        bool, typer.Option("--questions", help="Rows may end before the answer: questions to be asked later.")
+    ] = False,
     max_rejected: MaxRejected = 0.01,
     as_json: AsJson = False,
 ) -> None:
-    """Read files of any known layout and write them as one chat-messages jsonl file.
+    """Read data of any known layout and write it as one file of conversations.
 
-    Rows that cannot be used go to the rejects file with file, line, field and reason.
+    The layout of each file and the meaning of its columns are found out and said. Rows that cannot be used go to the
+    rejects file with file, line, field and reason: kept + rejected = read.
     """
-    from graft.data.write import write_conversations
+    from graft import console
+    from graft.data.load import only_conversations, stream_sources
+    from graft.data.tally import Tally
+    from graft.data.write import check_suffix, stem_of, write_conversations
 
-    rejects = rejects or out.with_suffix(".rejects.jsonl")
+    rejects = rejects or out.with_name(f"{stem_of(out)}.rejects.jsonl")
     keep_sources(files, (out, rejects))
-    loaded = load(files, form, rejects, max_rejected)
-    write_conversations(out, loaded.conversations)
-    report(loaded, rejects, {str(out): len(loaded.conversations)}, (), as_json)
+    check_suffix(out)
+    tally = Tally()
+    rows = console.track(stream_sources(sources_of(files, form, columns), tally, not questions), "import")
+    count = write_conversations(out, only_conversations(rows, tally, rejects, max_rejected))
+    report(tally, rejects, {str(out): count}, (), as_json)

@@ -10,14 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from graft.data.load import Loaded
+    from graft.config.data import Source
+    from graft.data.tally import Tally
 
-Files = Annotated[list[str], typer.Argument(help="jsonl, json, csv, tsv or parquet files.", metavar="FILE")]
+Files = Annotated[
+    list[str],
+    typer.Argument(
+        help="jsonl, json, csv, tsv, xlsx, parquet, arrow, txt or md files (text also as .gz, .zst), folders of them, "
+        "FILE.xlsx#SHEET, FOLDER#SPLIT, or hf:OWNER/NAME:CONFIG@REVISION#SPLIT.",
+        metavar="FILE",
+    ),
+]
 FormatName = Annotated[
     str,
     typer.Option(
         "--format",
-        help="auto (detected per file), messages, sharegpt, alpaca, prompt-completion, question-answer or text.",
+        help="auto (detected per file), preference, messages, sharegpt, alpaca, prompt-completion, question-answer or "
+        "text.",
     ),
 ]
 MaxRejected = Annotated[
@@ -30,55 +39,63 @@ def keep_sources(files: Sequence[str], written: Sequence[Path]) -> None:
     """Refuse to overwrite a file that is to be read."""
     from graft.errors import InputError
 
-    sources = {Path(file).resolve() for file in files}
+    sources = {Path(name).resolve() for file in files for name in (file, file.rpartition("#")[0]) if name}
     for path in written:
         if path.resolve() in sources:
             raise InputError(f"{path}: is one of the files to read and would be overwritten; choose another --out")
+        if folder := next((folder for folder in path.resolve().parents if folder in sources), None):
+            raise InputError(
+                f"{path}: lies in {folder}, which is read; it would be read next time: choose another --out"
+            )
 
 
-def load(files: Sequence[str], form: str, rejects: Path, max_rejected: float) -> Loaded:
-    """Load the files, list what was rejected, and stop where that is too much."""
-    from typing import cast, get_args
+def sources_of(files: Sequence[str], form: str, columns: str | None = None) -> list[Source]:
+    """The files as sources of one format (or `auto`), with columns by the names that `--columns` gives.
 
-    from graft.config.base import did_you_mean
+    Raises:
+        ConfigError: there is no such format, or the columns are not written OURS=THEIRS,...
+    """
+    from typing import get_args
+
+    from graft.config.base import did_you_mean, load
     from graft.config.data import Format, Source
-    from graft.data.load import load_sources, refuse_if_too_many, write_rejects
     from graft.errors import ConfigError
 
     known = get_args(Format)
     if form not in known:
         raise ConfigError(f"--format {form}: no such format{did_you_mean(form, known)}; known are {', '.join(known)}")
-    loaded = load_sources([Source(path=file, format=cast(Format, form), weight=1.0) for file in files])
-    write_rejects(rejects, loaded.rejects)
-    refuse_if_too_many(loaded.rejects, loaded.read, max_rejected)
-    return loaded
+    pairs = [pair.partition("=") for pair in columns.split(",")] if columns else []
+    if not all(ours.strip() and theirs.strip() for ours, _, theirs in pairs):
+        raise ConfigError(
+            f"--columns {columns}: is written OURS=THEIRS, for example --columns question=Frage,answer=Text"
+        )
+    named = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    return [load(Source, flags={"path": file, "format": form, "columns": named}) for file in files]
 
 
-def report(loaded: Loaded, rejects: Path, written: dict[str, int], notes: Sequence[str], as_json: bool) -> None:
+def report(tally: Tally, rejects: Path, written: dict[str, int], notes: Sequence[str], as_json: bool) -> None:
     """Decisions, counts and files: as lines for people, or as one JSON object."""
     from graft import console
-    from graft.data.load import commonest_reasons
 
-    kept, rejected = len(loaded.conversations), len(loaded.rejects)
     if as_json:
         result: dict[str, Any] = {
-            "read": loaded.read,
-            "kept": kept,
-            "rejected": rejected,
-            "decisions": loaded.decisions,
+            "read": tally.read,
+            "kept": tally.kept,
+            "rejected": tally.rejected,
+            "decisions": tally.decisions,
             "notes": list(notes),
             "written": written,
             "rejects": str(rejects),
         }
         typer.echo(json.dumps(result, ensure_ascii=False))
         return
-    for decision in loaded.decisions:
+    for decision in tally.decisions:
         console.note(decision)
     for note in notes:
         console.warn(note)
-    for count, reject in commonest_reasons(loaded.rejects):
+    for count, reject in tally.commonest():
         place = f"first at {reject.file}:{reject.line}"
         console.warn(f"{count} rejected: {reject.field + ': ' if reject.field else ''}{reject.reason} ({place})")
-    typer.echo(f"{loaded.read} rows read, {kept} kept, {rejected} rejected (listed in {rejects})")
+    typer.echo(console.plain(f"{tally.read} rows read, {tally.kept} kept, {tally.rejected} rejected (see {rejects})"))
     for path, count in written.items():
-        typer.echo(f"{path}: {count} conversations")
+        typer.echo(console.plain(f"{path}: {count} conversations"))

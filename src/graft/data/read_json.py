@@ -1,0 +1,151 @@
+"""Files of JSON, jsonl or one list of objects, and plain text files: one row after the other, each with its line.
+
+Speaks of lines, elements and rows. Knows no format: a row is a mapping from column names to values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from graft.data.rows import BOM, File, Raw, make_row, reject_row
+from graft.data.values import MAX_DEPTH, kind, parse_json
+from graft.errors import InputError
+from graft.types import Origin
+
+WRAPPERS = ("data", "train", "rows")
+"""Keys under which a json file that is one object may hold its list of rows."""
+
+
+def read_jsonl(file: File) -> Iterator[Raw]:
+    """Lines, unless the file turns out to be a json list by another name."""
+    first, _ = _first_line(file)
+    if not first.startswith(b"["):
+        return _read_lines(file)
+    try:
+        value = parse_json(_whole(file).decode())
+    except ValueError:
+        return _read_lines(file)
+    return _read_elements(file, value) if isinstance(value, list) else _read_lines(file)
+
+
+def read_json(file: File) -> Iterator[Raw]:
+    """A list of objects, an object that wraps one, or lines of objects (jsonl by another name)."""
+    first, more = _first_line(file)
+    if not first:
+        return iter(())
+    if more and _is_object(first):
+        return _read_lines(file)
+    data = _whole(file)
+    try:
+        value = parse_json(data.decode())
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        if _has_object_lines(data):
+            return _read_lines(file)
+        raise InputError(
+            f"{file.path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8, "
+            "for example: iconv -f GB18030 -t UTF-8"
+        ) from None
+    except json.JSONDecodeError as error:
+        if _has_object_lines(data):
+            return _read_lines(file)
+        raise InputError(
+            f"{file.path}:{error.lineno}: broken JSON at column {error.colno} ({error.msg}); "
+            "the file must be one list of objects, or one object per line"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"{file.path}: unusable JSON ({error}); remove that value") from None
+    return _read_elements(file, _unwrap(file, value))
+
+
+def read_text(file: File) -> Iterator[Raw]:
+    """The whole file as one row with the column `text`; a file of blanks only has no row."""
+    data = _whole(file)
+    if not data.strip():
+        return
+    try:
+        yield make_row(file.origin(1), {"text": data.decode().replace("\r\n", "\n")})
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        reason = f"byte 0x{data[error.start]:02x} in line {line} is not UTF-8; save the file as UTF-8"
+        yield reject_row(file.origin(1), "text", reason)
+
+
+def _whole(file: File) -> bytes:
+    with file.open() as content:
+        return content.read().removeprefix(BOM)
+
+
+def _read_lines(file: File) -> Iterator[Raw]:
+    """One JSON object per line. Lines end at \\n only: Unicode has other line ends, and they may stand inside text."""
+    with file.open() as lines:
+        for number, line in enumerate(lines, 1):
+            content = line.removeprefix(BOM) if number == 1 else line
+            if content.strip():
+                yield parse_line(file.origin(number), content.rstrip())
+
+
+def parse_line(origin: Origin, line: bytes) -> Raw:
+    """The row that a line of JSON holds, or the reject that it makes."""
+    try:
+        value = parse_json(line.decode())
+        # Without an escape there is no half of a surrogate pair, and without brackets no depth: nothing to tidy.
+        if type(value) is dict and b"\\u" not in line and line.count(b"{") + line.count(b"[") < MAX_DEPTH:
+            return Raw(origin, value)
+        return make_row(origin, value)
+    except UnicodeDecodeError as error:
+        byte = line[error.start]
+        reason = f"byte 0x{byte:02x} at column {error.start + 1} is not UTF-8; save the file as UTF-8"
+        return reject_row(origin, "", reason)
+    except json.JSONDecodeError as error:
+        return reject_row(origin, "", f"broken JSON at column {error.colno}: {error.msg}")
+    except ValueError as error:
+        return reject_row(origin, "", f"unusable JSON: {error}")
+
+
+def _first_line(file: File) -> tuple[bytes, bool]:
+    """The first line that is not blank, stripped, and whether another one follows it."""
+    first = b""
+    with file.open() as lines:
+        for number, line in enumerate(lines):
+            content = (line.removeprefix(BOM) if number == 0 else line).strip()
+            if content and first:
+                return first, True
+            first = first or content
+    return first, False
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(parse_json(line.decode()), dict)
+    except ValueError:  # also no UTF-8
+        return False
+
+
+def _has_object_lines(data: bytes) -> bool:
+    """Whether a file that is broken as a whole is meant line by line: an unindented line is an object by itself."""
+    return any(line.startswith(b"{") and _is_object(line) for line in data.split(b"\n"))
+
+
+def _unwrap(file: File, value: Any) -> list[Any]:
+    """The list of rows of a decoded json file; an object that wraps no list is a single row."""
+    path = file.path
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds {kind(value)}, not rows; it must be a list of objects, or one object per line")
+    lists = [key for key in WRAPPERS if _has_objects(value.get(key))]
+    if len(lists) > 1:
+        raise InputError(f"{path}: holds several lists ({', '.join(lists)}); save the one to use as a file of its own")
+    return list(value[lists[0]]) if lists else [value]
+
+
+def _has_objects(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(item, Mapping) for item in value)
+
+
+def _read_elements(file: File, values: Iterable[Any]) -> Iterator[Raw]:
+    for number, value in enumerate(values, 1):
+        yield make_row(file.origin(number), value)
