@@ -164,9 +164,9 @@ def test_import_refuses_too_many_rejects_but_lists_them(rows, tmp_path):
 
 def test_commands_do_not_overwrite_what_they_read(rows, tmp_path):
     before = rows.read_bytes()
-    with pytest.raises(InputError, match="would be overwritten"):
-        run("import", rows, "--out", rows)
     run("import", rows, "--out", tmp_path / "train.jsonl")
+    with pytest.raises(InputError, match="would be overwritten"):
+        run("import", tmp_path / "train.jsonl", "--out", tmp_path / "train.jsonl")
     with pytest.raises(InputError, match="would be overwritten"):
         run("split", tmp_path / "train.jsonl", "--out", tmp_path)
     assert rows.read_bytes() == before

@@ -6,11 +6,11 @@ Speaks of conversations and shares. Knows no files and no order: no other row ha
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from graft.data.text import normalise
 from graft.types import Conversation
 
 Part = Literal["train", "val", "test"]
@@ -59,8 +59,18 @@ def part_of(conversation: Conversation, val: float, test: float) -> Part:
 
 def bucket(conversation: Conversation) -> float:
     """A number in [0, 1) that depends on the normalised first prompt alone."""
-    digest = hashlib.blake2b(split_text(conversation).encode(), key=_KEY, digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: what a float holds exactly, so never 1.0
+    return unit(hash64(split_text(conversation)))
+
+
+def hash64(text: str) -> int:
+    """64 bits that depend on the text alone, on every machine the same."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), key=_KEY, digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+def unit(number: int) -> float:
+    """64 bits as a number in [0, 1)."""
+    return (number >> 11) / 2**53  # 53 bits: what a float holds exactly, so never 1.0
 
 
 def split_text(conversation: Conversation) -> str:
@@ -70,11 +80,3 @@ def split_text(conversation: Conversation) -> str:
     first = next((message.content for message in conversation.messages if message.role == "user"), "")
     said = (message.content for message in conversation.messages if message.role != "system")
     return normalise(first) or normalise("".join(said))
-
-
-def normalise(text: str) -> str:
-    """NFKC, case-folded, without blanks and punctuation; only without blanks where nothing else would be left."""
-    folded = "".join(unicodedata.normalize("NFKC", text).casefold().split())
-    # isalnum first: it answers for nearly every character and is several times as fast as the category
-    kept = (char for char in folded if char.isalnum() or not unicodedata.category(char).startswith("P"))
-    return "".join(kept) or folded

@@ -1,49 +1,164 @@
-"""`graft data split`: train, val and test parts."""
+"""`graft data split`: train, val and test parts, free of what evaluation files hold."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from graft.cli.data.shared import AsJson, Files, FormatName, MaxRejected, keep_sources, load, report
+from graft.cli.data.shared import AsJson, Files, FormatName, MaxRejected, keep_sources, sources_of
+
+if TYPE_CHECKING:
+    from graft.data.division import Outcome
+
+_SHOWN_VALUES = 12
 
 
 def split_data(
     files: Files,
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for train.jsonl, val.jsonl and test.jsonl.")],
-    val: Annotated[float, typer.Option(help="Share for validation.", min=0, max=1)] = 0.05,
-    test: Annotated[float, typer.Option(help="Share for test.", min=0, max=1)] = 0.05,
+    val: Annotated[float, typer.Option(help="Validation: a share below 1, or a count of rows.", min=0)] = 0.05,
+    test: Annotated[float, typer.Option(help="Test: a share below 1, or a count of rows.", min=0)] = 0.05,
+    group: Annotated[
+        str,
+        typer.Option(
+            help="What stays together: exact (equal first prompts), near (near-duplicates too), none, or a column.",
+            metavar="exact|near|none|COLUMN",
+        ),
+    ] = "near",
+    stratify: Annotated[
+        str,
+        typer.Option(
+            help="Give every part its share of each value of a column; auto finds a label column, or takes the file.",
+            metavar="auto|none|file|COLUMN",
+        ),
+    ] = "auto",
+    near: Annotated[
+        float, typer.Option(help="Jaccard similarity from which texts are near-duplicates.", min=0.1, max=1)
+    ] = 0.8,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="An evaluation file that the data must not overlap; may be given several times."),
+    ] = None,
+    against_action: Annotated[
+        Literal["drop", "report"], typer.Option(help="Drop rows that overlap, or only list them.")
+    ] = "drop",
+    ngram_share: Annotated[
+        float,
+        typer.Option(help="Least share of an evaluation row's 13-grams that is an overlap; 0: any one.", min=0, max=1),
+    ] = 0.0,
+    check: Annotated[
+        bool, typer.Option("--check", help="Look for overlaps of train with val and test, and list them.")
+    ] = False,
+    workers: Annotated[int, typer.Option(help="Processes that look for near-duplicates.", min=1)] = 1,
     form: FormatName = "auto",
+    columns: Annotated[
+        str | None,
+        typer.Option(help="What columns are called, ours=theirs: question=Frage,answer=Antwort.", metavar="A=B,..."),
+    ] = None,
     max_rejected: MaxRejected = 0.01,
     as_json: AsJson = False,
 ) -> None:
-    """Divide data into train, val and test by a hash of each first prompt.
-
-    Appending rows later moves none, and equal prompts stay together.
-    """
-    from graft.data.split import split
-    from graft.data.write import write_conversations
-    from graft.errors import ConfigError, InputError
+    """Divide data into train, val and test, keep near-duplicates together, and drop what evaluation files hold."""
+    from graft import console
+    from graft.data.division import Wanted
+    from graft.data.partition import split_files
+    from graft.errors import ConfigError
     from graft.runs import make_writable
 
-    if val + test >= 1:
+    for name, wish in (("val", val), ("test", test)):
+        if wish >= 1 and wish != int(wish):
+            raise ConfigError(f"--{name} {wish:g}: a share is below 1, a count of rows is a whole number")
+    if val < 1 and test < 1 and val + test >= 1:
         raise ConfigError(f"--val {val:g} + --test {test:g} leave nothing to train on; make their sum less than 1")
-    targets = {name: out / f"{name}.jsonl" for name in ("train", "val", "test")}
-    rejects = out / "rejects.jsonl"
-    keep_sources(files, (*targets.values(), rejects))
+    evaluations = tuple(against or ())
+    written = [out / f"{name}.jsonl" for name in ("train", "val", "test", "rejects", "overlaps")]
+    keep_sources((*files, *evaluations), written)
+    sources = sources_of(files, form, columns)
     make_writable(out)
-    loaded = load(files, form, rejects, max_rejected)
-    parts = split(loaded.conversations, val, test)
-    by_name = {"train": parts.train, "val": parts.val, "test": parts.test}
-    for name, part in by_name.items():
-        if not part and targets[name].exists():  # it would be taken for a part of this split
-            raise InputError(f"{targets[name]}: is from another split, this one has no {name} part; remove it")
-    written = {}
-    for name, part in by_name.items():
-        if part:
-            write_conversations(targets[name], part)
-            written[str(targets[name])] = len(part)
-    report(loaded, rejects, written, parts.notes, as_json)
+    wanted = Wanted(
+        val=val,
+        test=test,
+        group=group,
+        stratify=stratify,
+        near=near,
+        against=evaluations,
+        drop=against_action == "drop",
+        gram_share=ngram_share,
+        check=check,
+        max_rejected=max_rejected,
+        workers=workers,
+    )
+    with console.progress("reading", None) as advance:
+        outcome = split_files(sources, out, wanted, lambda rows: advance(rows, ""))
+    if as_json:
+        typer.echo(json.dumps(_as_object(outcome, out, wanted.drop), ensure_ascii=False))
+    else:
+        _show(outcome, out, wanted.drop)
+
+
+def _as_object(outcome: Outcome, out: Path, drop: bool) -> dict[str, object]:
+    rejected = outcome.tally.rejected + outcome.dropped
+    return {
+        "read": outcome.tally.read,
+        "kept": sum(outcome.rows.values()),
+        "rejected": rejected,
+        "decisions": outcome.decisions,
+        "notes": outcome.notes,
+        "written": outcome.written,
+        "rejects": str(out / "rejects.jsonl"),
+        "rows": outcome.rows,
+        "groups": outcome.groups,
+        "largest_group": outcome.largest_group,
+        "stratified_by": outcome.stratum,
+        "strata": outcome.strata,
+        "same_prompt_in_two_parts": outcome.same_prompt,
+        "against": {"rows": outcome.evaluation_rows, "dropped": drop, "overlaps": dict(outcome.against)},
+        "parts_overlap": None if outcome.parts_overlap is None else dict(outcome.parts_overlap),
+    }
+
+
+def _show(outcome: Outcome, out: Path, drop: bool) -> None:
+    from graft import console
+
+    for decision in outcome.decisions:
+        console.note(decision)
+    for note in outcome.notes:
+        console.warn(note)
+    for count, reject in outcome.tally.commonest():
+        place = f"first at {reject.file}:{reject.line}"
+        console.warn(f"{count} rejected: {reject.field + ': ' if reject.field else ''}{reject.reason} ({place})")
+    kept, rejected = sum(outcome.rows.values()), outcome.tally.rejected + outcome.dropped
+    typer.echo(f"{outcome.tally.read} rows read, {kept} kept, {rejected} rejected (listed in {out / 'rejects.jsonl'})")
+    if outcome.evaluation_rows:
+        where = f"dropped, listed in {out / 'rejects.jsonl'}" if drop else f"kept, listed in {out / 'overlaps.jsonl'}"
+        typer.echo(
+            f"{outcome.against.total()} rows overlap {outcome.evaluation_rows} evaluation rows: "
+            f"{_by_kind(outcome.against)} ({where})"
+        )
+    console.table(
+        "Parts",
+        ("part", "rows", "share", "groups"),
+        [(name, str(count), f"{count / kept:.1%}", str(outcome.groups[name])) for name, count in outcome.rows.items()],
+        to_stdout=True,
+    )
+    if outcome.strata:
+        largest = sorted(outcome.strata.items(), key=lambda item: (-sum(item[1].values()), item[0]))
+        rows = [(name or "(none)", *map(str, counts.values())) for name, counts in largest[:_SHOWN_VALUES]]
+        if len(largest) > _SHOWN_VALUES:
+            rows.append((f"... {len(largest) - _SHOWN_VALUES} more", "", "", ""))
+        console.table(f"Rows by {outcome.stratum}", (str(outcome.stratum), *outcome.rows), rows, to_stdout=True)
+    held_out = kept - outcome.rows["train"]
+    typer.echo(f"{outcome.same_prompt} of {held_out} held-out rows have a first prompt that is in another part too")
+    if outcome.parts_overlap is not None:
+        found = _by_kind(outcome.parts_overlap)
+        typer.echo(f"overlaps of train with val and test: {found} (listed in {out / 'overlaps.jsonl'})")
+    for path, count in outcome.written.items():
+        typer.echo(f"{path}: {count} conversations")
+
+
+def _by_kind(counts: dict[str, int]) -> str:
+    return ", ".join(f"{counts.get(kind, 0)} {kind}" for kind in ("exact", "near", "13-gram"))
