@@ -16,6 +16,7 @@ from graft.errors import ConfigError, GraftError, InputError
 from graft.tokens import chat_template, encode, spelling
 from graft.tokens.load import finish, load_renderer
 from graft.tokens.renderer import Renderer, TemplateRefused
+from graft.tokens.spread import CHUNK
 from graft.types import Conversation, Message, Origin, Reject
 
 DAY = datetime.date(2026, 1, 31)
@@ -445,8 +446,8 @@ def test_the_layer_needs_no_torch_until_a_tokenizer_is_loaded():
 
 def test_many_are_encoded_as_one_by_one():
     r = renderer()
-    conversations = [talk("u:" + "the " * n, f"a: a{n}\n", name=str(n)) for n in range(encode.CHUNK + 3)]
+    conversations = [talk("u:" + "the " * n, f"a: a{n}\n", name=str(n)) for n in range(CHUNK + 3)]
     together = encode.encode_all(conversations, r, ROOMY).examples
     apart = [example for c in conversations for example in encode.encode(c, r, ROOMY)]
-    assert len(together) == len(apart) == encode.CHUNK + 3
+    assert len(together) == len(apart) == CHUNK + 3
     assert all(a.ids.tolist() == b.ids.tolist() for a, b in zip(together, apart, strict=True))

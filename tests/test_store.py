@@ -51,7 +51,7 @@ def test_the_second_time_nothing_is_encoded_and_deleting_the_cache_changes_nothi
     first = encode_stored(conversations, renderer, Encode(max_length=24))
     assert first.rejects, "the set must have rejects, or their round trip says nothing"
     with monkeypatch.context() as patch:
-        patch.setattr(store, "encode_all", lambda *_: pytest.fail("encoded again"))
+        patch.setattr(store, "encode_each", lambda *_: pytest.fail("encoded again"))
         second = encode_stored(conversations, renderer, Encode(max_length=24))
     assert (second.rejects, second.notes) == (first.rejects, first.notes)
     shutil.rmtree(tmp_path / "cache")

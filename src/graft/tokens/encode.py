@@ -22,12 +22,10 @@ from graft.tokens import probe, response, spelling
 from graft.tokens.renderer import Renderer, TemplateRefused
 from graft.tokens.response import Turn
 from graft.tokens.spelling import Unfit
+from graft.tokens.spread import map_chunks
 from graft.types import Conversation, Example, Message, Reject
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
-
-CHUNK = 256
-"""Conversations tokenised in one call: enough to keep the tokenizer's threads busy."""
 
 TOO_LONG = "turns left out: longer than encode.max_length"
 OLDEST_DROPPED = "oldest turns dropped to fit encode.max_length"
@@ -54,7 +52,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What all steps of one encoding share."""
+    """What all steps of one chunk's encoding share."""
 
     renderer: Renderer
     settings: Encode
@@ -93,21 +91,27 @@ def encode_all(conversations: Iterable[Conversation], renderer: Renderer, settin
 
 
 def encode_each(
-    conversations: Iterable[Conversation], renderer: Renderer, settings: Encode, notes: Counter[str]
+    conversations: Iterable[Conversation], renderer: Renderer, settings: Encode, notes: Counter[str], workers: int = 1
 ) -> Iterator[list[Example] | Reject]:
-    """One result per conversation, in order; `notes` is counted up on the way."""
-    work = _Work(renderer, settings, notes)
-    chunk: list[Conversation] = []
-    for conversation in console.track(conversations, "encode"):
-        chunk.append(conversation)
-        if len(chunk) == CHUNK:
-            yield from _encode_chunk(chunk, work)
-            chunk = []
-    yield from _encode_chunk(chunk, work)
+    """One result per conversation, in order; `notes` is counted up on the way.
+
+    Conversations are taken as they are needed, and nothing is kept: memory does not grow with their number. More
+    `workers` (processes) change nothing but the time.
+    """
+    watched = console.track(conversations, "encode")
+    for results, counted in map_chunks(encode_chunk, watched, renderer, settings, workers):
+        notes.update(counted)
+        yield from results
 
 
-def _encode_chunk(chunk: Sequence[Conversation], work: _Work) -> Iterator[list[Example] | Reject]:
-    """Text of all turns first, then one call of the tokenizer for all of it, then the ids of each example."""
+def encode_chunk(
+    chunk: Sequence[Conversation], renderer: Renderer, settings: Encode
+) -> tuple[list[list[Example] | Reject], Counter[str]]:
+    """The results of some conversations, and what happened on the way.
+
+    Text of all turns first, then one call of the tokenizer for all of it, then the ids of each example.
+    """
+    work = _Work(renderer, settings, Counter())
     planned: list[list[_Job] | Reject | None] = []
     texts: list[str] = []
     for conversation in chunk:
@@ -115,15 +119,18 @@ def _encode_chunk(chunk: Sequence[Conversation], work: _Work) -> Iterator[list[E
         planned.append(jobs)
         for job in jobs if isinstance(jobs, list) else ():
             texts += (job.text.prompt, job.text.prompt + job.text.response)
-    ids = iter(work.renderer.ids(texts))
+    ids = iter(renderer.ids(texts))
+    raw = iter(renderer.raw_ids([c.text for c in chunk if c.text is not None and _text_problem(c.text) is None]))
+    results: list[list[Example] | Reject] = []
     for conversation, jobs in zip(chunk, planned, strict=True):
         if jobs is None:
-            yield _encode_text(conversation, work)
+            results.append(_encode_text(conversation, raw, work))
         elif isinstance(jobs, Reject):
-            yield jobs
+            results.append(jobs)
         else:
             pairs = [(next(ids), next(ids)) for _ in jobs]
-            yield _finish(conversation, jobs, pairs, work)
+            results.append(_finish(conversation, jobs, pairs, work))
+    return results, work.notes
 
 
 def _plan(conversation: Conversation, work: _Work) -> list[_Job] | Reject:
@@ -194,10 +201,11 @@ def _finish(
         examples.append(made)
     if not examples:
         return _reject(conversation, *problems[0])
-    said[TOO_LONG] += sum(reason.startswith("too long") for _, reason in problems)
-    said[REFUSED] += sum(not reason.startswith("too long") for _, reason in problems)
+    for _, reason in problems:
+        said[TOO_LONG if reason.startswith("too long") else REFUSED] += 1
     _note_what_is_missing(conversation, jobs[-1], work.renderer, said)
-    work.notes.update({note: count for note, count in said.items() if count})
+    if said:
+        work.notes.update(said)
     return examples
 
 
@@ -232,8 +240,10 @@ def _make(
     spelling.check(renderer, turn, prompt_ids, answer)
     if not exact:
         said[spelling.inexact_reason(renderer, turn, answer)] += 1
-    said.update(turn.notes)
-    said[COMPOSED] += turn.way == "composed"
+    if turn.notes:
+        said.update(turn.notes)
+    if turn.way == "composed":
+        said[COMPOSED] += 1
     if renderer.switches:
         said[THINKING if response.split_reasoning(messages[-1])[0].strip() else NOT_THINKING] += 1
     ids = np.array(prompt_ids + answer, dtype=np.int32)
@@ -281,19 +291,26 @@ def _weights_of_everything(
     return weights
 
 
-def _encode_text(conversation: Conversation, work: _Work) -> list[Example] | Reject:
+def _text_problem(text: str) -> str | None:
+    """Why a raw text cannot be encoded."""
+    if not text.strip():
+        return "the text is empty"
+    if _HALF_PAIR.search(text):
+        return "half of a surrogate pair: not Unicode text; mend the file's encoding"
+    return None
+
+
+def _encode_text(conversation: Conversation, raw: Iterator[list[int]], work: _Work) -> list[Example] | Reject:
     """Raw text, every token a target: BOS where the tokenizer puts it, EOS at the end, in pieces of max_length.
 
     Each piece after the first begins with the last token of the one before, as context: so every token after the first
-    is a target exactly once.
+    is a target exactly once. `raw` gives the ids of the texts that can be encoded, in their order.
     """
-    text = conversation.text or ""
-    if not text.strip():
-        return _reject(conversation, "text", "the text is empty")
-    if _HALF_PAIR.search(text):
-        return _reject(conversation, "text", "half of a surrogate pair: not Unicode text; mend the file's encoding")
+    problem = _text_problem(conversation.text or "")
+    if problem is not None:
+        return _reject(conversation, "text", problem)
     renderer, settings = work.renderer, work.settings
-    ids = renderer.ids([text], add_special_tokens=True)[0]
+    ids = next(raw)
     eos = renderer.tokenizer.eos_token_id
     if eos is None:
         work.notes[NO_EOS] += 1

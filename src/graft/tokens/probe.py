@@ -20,6 +20,9 @@ ANSWER = "Qz7GraftAnswer7zQ"
 THOUGHT = "Qz7GraftThought7zQ"
 ARGUMENT = "Qz7GraftArgument7zQ"
 
+MOST_REMEMBERED = 4096
+"""Things remembered of one template: a stranger's data cannot fill the memory with shapes of its own."""
+
 _CALL = {"type": "function", "id": "abcdefghi", "function": {"name": "look", "arguments": {"at": ARGUMENT}}}
 _TOOL = {
     "type": "function",
@@ -78,7 +81,10 @@ def shape_of(scene: Scene, prompt: str) -> Shape:
     roles = tuple(message.role for message in scene.history)
     key = (roles, bool(scene.tools), scene.thinking, target.reasoning is not None)
     if key not in scene.renderer.memory:
-        scene.renderer.memory[key] = render_shape(scene, target, prompt)
+        shape = render_shape(scene, target, prompt)
+        if len(scene.renderer.memory) > MOST_REMEMBERED:
+            return shape
+        scene.renderer.memory[key] = shape
     known: Shape = scene.renderer.memory[key]
     return known
 
@@ -200,10 +206,22 @@ def stop_in(renderer: Renderer, suffix: str, known: Sequence[int], plain: bool) 
     if not runs:
         return None
     tokens = runs[0] if plain else [match for run in runs for match in run]
-    vocabulary = renderer.tokenizer.get_added_vocab()
+    vocabulary = added_vocabulary(renderer)
     closers = list(itertools.takewhile(lambda match: not _OPENER.search(match[0]), tokens)) or tokens
     chosen = next((match for match in tokens if vocabulary[match[0]] in known), closers[-1])
     return chosen.end(), int(vocabulary[chosen[0]])
+
+
+def known_stop_in(renderer: Renderer, suffix: str, plain: bool) -> tuple[int, int] | None:
+    """`stop_in` with the renderer's own stops; remembered, because nearly all turns end alike."""
+    key = ("stop", suffix, plain)
+    if key not in renderer.memory:
+        found = stop_in(renderer, suffix, renderer.stop_ids, plain)
+        if len(renderer.memory) > MOST_REMEMBERED:
+            return found
+        renderer.memory[key] = found
+    known: tuple[int, int] | None = renderer.memory[key]
+    return known
 
 
 _OPENER = re.compile(r"start|begin|bos|user|assistant(?!_end)|chatbot|system|header", re.IGNORECASE)
@@ -222,15 +240,23 @@ def stop_before_next(renderer: Renderer) -> int | None:
         pattern = control_pattern(renderer)
         first = pattern.match(between.lstrip())
         is_stop = first is not None and not _OPENER.search(first[0])
-        renderer.memory["next"] = renderer.tokenizer.get_added_vocab()[first[0]] if first and is_stop else None
+        renderer.memory["next"] = added_vocabulary(renderer)[first[0]] if first and is_stop else None
     known: int | None = renderer.memory["next"]
+    return known
+
+
+def added_vocabulary(renderer: Renderer) -> Mapping[str, int]:
+    """Text -> id of the tokenizer's added tokens, which it gathers anew each time that it is asked."""
+    if "added" not in renderer.memory:
+        renderer.memory["added"] = renderer.tokenizer.get_added_vocab()
+    known: Mapping[str, int] = renderer.memory["added"]
     return known
 
 
 def control_pattern(renderer: Renderer) -> re.Pattern[str]:
     """Any added token of the tokenizer but those of blanks."""
     if "control" not in renderer.memory:
-        words = [word for word in renderer.tokenizer.get_added_vocab() if word.strip()]
+        words = [word for word in added_vocabulary(renderer) if word.strip()]
         pattern = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
         renderer.memory["control"] = re.compile(pattern or r"(?!)")
     known: re.Pattern[str] = renderer.memory["control"]

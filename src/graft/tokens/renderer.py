@@ -10,6 +10,7 @@ loaded, because the import takes seconds.
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from graft.errors import GraftError, first_line
 from graft.tokens import chat_template
+from graft.tokens.proof import Bytes, bytes_of
+from graft.tokens.tokenise import Tokeniser
 from graft.types import Message
 
 if TYPE_CHECKING:
@@ -76,11 +79,13 @@ class Renderer:
             TemplateRefused: the template raises on these messages.
         """
         source = self.tool_template if tools and self.tool_template is not None else self.template
+        dated = chat_template.with_fixed_date(source, self.date)
+        chat_template.quicken(dated)
         try:
             text = self.tokenizer.apply_chat_template(
                 [message_dict(message, self.content_parts, self.string_arguments) for message in messages],
                 tools=[dict(tool) for tool in tools] or None,
-                chat_template=chat_template.with_fixed_date(source, self.date),
+                chat_template=dated,
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
                 **cast("dict[str, Any]", self.switch_values(thinking)),
@@ -106,22 +111,36 @@ class Renderer:
             return {}
         return {name: thinking is chat_template.SWITCHES[name] for name in self.switches}
 
-    def ids(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
-        """Ids of several texts, [len(texts)] lists; nothing is added to what the texts say unless asked for."""
-        if not texts:
-            return []
-        found: list[list[int]] = self.tokenizer(
-            list(texts),
-            add_special_tokens=add_special_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        return found
+    @functools.cached_property
+    def _tokeniser(self) -> Tokeniser:
+        return Tokeniser(self.tokenizer)
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of several texts, [len(texts)] lists; nothing is added to what the texts say."""
+        return self._tokeniser.ids(texts)
+
+    def raw_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of raw texts, [len(texts)] lists, with the BOS or EOS that the tokenizer puts around a text."""
+        return self._tokeniser.raw_ids(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens included and no blank tidied away."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    @functools.cached_property
+    def _bytes(self) -> Bytes | None:
+        return bytes_of(self.tokenizer)
+
+    def says(self, ids: Sequence[int], text: str) -> bool:
+        """Whether the ids decode to exactly this text."""
+        proven = self._bytes is not None and self._bytes.say(ids, text)
+        return proven or self.decode(ids) == text
+
+    @functools.cached_property
+    def bos(self) -> tuple[str, int] | None:
+        """Text and id of the BOS token, or None where the tokenizer has none."""
+        text = self.tokenizer.bos_token
+        return (str(text), int(self.tokenizer.bos_token_id)) if text else None
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer and chat template there, as transformers, PEFT and vLLM load them."""
@@ -129,6 +148,10 @@ class Renderer:
 
     def fingerprint(self) -> str:
         """Hash of everything here that shapes ids; equal hashes give equal ids for equal conversations."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         dated = chat_template.uses_date(self.template + (self.tool_template or ""))
         for part in (

@@ -78,8 +78,8 @@ def split_reasoning(message: Message) -> tuple[str, str]:
     """Reasoning and answer of a turn, also where the reasoning stands as a block at the head of the content."""
     if message.reasoning is not None:
         return message.reasoning, message.content
-    for opening, closing in BLOCKS:
-        stripped = message.content.lstrip()
+    stripped = message.content.lstrip()
+    for opening, closing in BLOCKS if stripped.startswith(_OPENINGS) else ():
         if stripped.startswith(opening) and closing in stripped:
             reasoning, answer = stripped[len(opening) :].split(closing, 1)
             return reasoning, answer.lstrip("\n")
@@ -205,6 +205,7 @@ def _where_prompt_ends(renderer: Renderer, shape: Shape, full: str, prompt: str)
     return at + len(tail)
 
 
+_OPENINGS = tuple(opening for opening, _ in BLOCKS)
 _ANY_TAG = "|".join(re.escape(tag) for block in BLOCKS for tag in block)
 
 
@@ -221,7 +222,7 @@ def _ended(scene: Scene, body: str, suffix: str, *, prompt: str, way: str, notes
     renderer, target = scene.renderer, scene.target
     said = list(notes)
     called = target.tool_calls and CALL_DROPPED not in said
-    stop = probe.stop_in(renderer, suffix, renderer.stop_ids, not called)
+    stop = probe.known_stop_in(renderer, suffix, not called)
     stop_id = None if stop is None else stop[1]
     if stop is not None:
         response = body + suffix[: stop[0]]

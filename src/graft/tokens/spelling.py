@@ -49,7 +49,7 @@ def response_ids(renderer: Renderer, turn: Turn, prompt_ids: list[int], full_ids
 
 def _says(renderer: Renderer, prompt_ids: list[int], answer: list[int], text: str) -> bool:
     """Whether ids decode to a text, by themselves or behind the prompt's last ids: decoding may drop a first blank."""
-    if renderer.decode(answer) == text:
+    if renderer.says(answer, text):
         return True
     lead = renderer.decode(prompt_ids[-4:])
     return renderer.decode(prompt_ids[-4:] + answer) == lead + text
@@ -97,9 +97,8 @@ def check(renderer: Renderer, turn: Turn, prompt_ids: list[int], answer: list[in
         raise Unfit(f"the last target is id {answer[-1]}, not a stop token {list(renderer.stop_ids)}")
     if turn.forged and any(stop in answer[:-1] for stop in renderer.stop_ids):
         raise Unfit("the answer holds the text of a stop token, and the tokenizer cannot spell it as plain text")
-    tokenizer = renderer.tokenizer
-    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
-    if bos:
+    if renderer.bos is not None:
+        bos, bos_id = renderer.bos
         written = (len(turn.prompt) - len(turn.prompt.replace(bos, ""))) // len(bos)
         if prompt_ids.count(bos_id) != written and not bos.isspace():
             raise Unfit(f"the prompt has {prompt_ids.count(bos_id)} BOS tokens, the template writes {written}")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +23,24 @@ import numpy.typing as npt
 
 from graft.config.train import Encode
 from graft.console import warn_once
+from graft.errors import InputError
 from graft.runs import fsync_folder, write_atomic
-from graft.tokens.encode import Encoded, encode_all
+from graft.tokens.columns import Columns, Unwritable, naming_refusals
+from graft.tokens.encode import encode_each
 from graft.tokens.renderer import Renderer
+from graft.tokens.spread import default_workers
 from graft.types import Conversation, Example, FloatArray, IntArray, Reject
 
 ENCODER_VERSION = 1
 """Raised whenever the same conversation would be encoded to other ids."""
 
 WAYS = ("template", "composed", "text")
+
+COLUMNS = {
+    "first": np.int64, "start": np.int64, "prompt_len": np.int32, "turn": np.int32, "way": np.int32, "ids": np.int32,
+    "weights": np.float32,
+}  # fmt: skip
+"""Arrays of an ExampleStore, one file each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +91,41 @@ class ExampleStore:
         )
 
 
-def encode_stored(conversations: Sequence[Conversation], renderer: Renderer, settings: Encode) -> ExampleStore:
-    """Encode conversations, or map what an earlier run encoded from exactly the same."""
+def encode_stored(
+    conversations: Collection[Conversation], renderer: Renderer, settings: Encode, workers: int | None = None
+) -> ExampleStore:
+    """Encode conversations, or map what an earlier run encoded from exactly the same.
+
+    Args:
+        conversations: read twice, for the key and for the ids; they need not be in memory.
+        renderer: makes the ids.
+        settings: shape them.
+        workers: processes that encode; None takes as many as pay. The ids are the same for any number.
+
+    Raises:
+        InputError: neither the cache nor the folder for temporary files can be written.
+    """
     key = store_key(conversations, renderer, settings)
     folder = cache_folder() / key
-    if not (folder / "meta.json").is_file():
-        encoded = encode_all(conversations, renderer, settings)
-        try:
-            _write(folder, encoded)
-        except OSError as error:
-            warn_once(f"{folder.parent}: encoded data cannot be cached ({error.strerror}); set GRAFT_CACHE to a folder")
-            with tempfile.TemporaryDirectory() as aside:
-                _write(Path(aside) / key, encoded)
-                return _read(Path(aside) / key, key, mapped=False)
-    return _read(folder, key, mapped=True)
+    if (folder / "meta.json").is_file():
+        return _read(folder, key, mapped=True)
+
+    def results(notes: Counter[str]) -> Iterator[list[Example] | Reject]:
+        count = default_workers(len(conversations)) if workers is None else workers
+        return encode_each(conversations, renderer, settings, notes, count)
+
+    try:
+        _write(folder, results)
+    except Unwritable as error:
+        warn_once(f"{folder.parent}: encoded data cannot be cached ({error}); set GRAFT_CACHE to a folder")
+    else:
+        return _read(folder, key, mapped=True)
+    try:
+        with tempfile.TemporaryDirectory() as aside:
+            _write(Path(aside) / key, results)
+            return _read(Path(aside) / key, key, mapped=False)
+    except Unwritable as error:
+        raise InputError(f"{tempfile.gettempdir()}: no room for encoded data either ({error}); set TMPDIR") from None
 
 
 def store_key(conversations: Iterable[Conversation], renderer: Renderer, settings: Encode) -> str:
@@ -102,8 +134,15 @@ def store_key(conversations: Iterable[Conversation], renderer: Renderer, setting
     for part in (str(ENCODER_VERSION), renderer.fingerprint(), settings.model_dump_json(exclude={"date"})):
         digest.update(part.encode() + b"\0")
     for conversation in conversations:
-        digest.update(repr(conversation).encode("utf-8", "surrogatepass") + b"\0")
+        origin = conversation.origin
+        turns = tuple(map(_SHAPING, conversation.messages))
+        shapes = (conversation.id, origin.file, origin.line, turns, conversation.tools, conversation.text)
+        digest.update(repr(shapes).encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()
+
+
+_SHAPING = operator.attrgetter("role", "content", "reasoning", "tool_calls", "name", "tool_call_id", "weight")
+"""The parts of a message, as one tuple: a dataclass's own repr takes four times as long."""
 
 
 def cache_folder() -> Path:
@@ -113,43 +152,61 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "graft" / "encoded"
 
 
-def _write(folder: Path, encoded: Encoded) -> None:
-    """Write beside and rename, so that two runs that encode the same data at once cannot tear each other's files."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+def _write(folder: Path, results: Callable[[Counter[str]], Iterable[list[Example] | Reject]]) -> None:
+    """Write beside and rename, so that two runs that encode the same data at once cannot tear each other's files.
+
+    Raises:
+        Unwritable: the file system refused.
+    """
+    with naming_refusals():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        for name, array in _arrays(encoded.examples).items():
-            np.save(aside / f"{name}.npy", array)
-        meta = {
-            "conversations": list(dict.fromkeys(example.conversation for example in encoded.examples)),
-            "rejects": [asdict(reject) for reject in encoded.rejects],
-            "notes": dict(encoded.notes),
-        }
-        write_atomic(aside / "meta.json", json.dumps(meta, ensure_ascii=False))
-        if not (folder / "meta.json").is_file():
-            shutil.rmtree(folder, ignore_errors=True)  # what a crash left
-        try:
-            aside.rename(folder)
-        except OSError:
-            if not (folder / "meta.json").is_file():  # else another run was faster
-                raise
+        meta = _write_examples(aside, results)
+        with naming_refusals():
+            write_atomic(aside / "meta.json", json.dumps(meta, ensure_ascii=False))
+            if not (folder / "meta.json").is_file():
+                shutil.rmtree(folder, ignore_errors=True)  # what a crash left
+            try:
+                aside.rename(folder)
+            except OSError:
+                if not (folder / "meta.json").is_file():  # else another run was faster
+                    raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     fsync_folder(folder.parent)
 
 
-def _arrays(examples: Sequence[Example]) -> dict[str, npt.NDArray[Any]]:
-    changes = [
-        e for e, example in enumerate(examples) if e == 0 or example.conversation != examples[e - 1].conversation
-    ]
+def _write_examples(
+    folder: Path, results: Callable[[Counter[str]], Iterable[list[Example] | Reject]]
+) -> dict[str, Any]:
+    """Write examples as they come, holding none; returns what goes into meta.json."""
+    names: list[str] = []
+    rejects: list[dict[str, Any]] = []
+    notes: Counter[str] = Counter()
+    examples = tokens = 0
+    with Columns(folder, COLUMNS) as columns:
+        columns.add("start", [0])
+        for result in results(notes):
+            if isinstance(result, Reject):
+                rejects.append(asdict(result))
+                continue
+            names.append(result[0].conversation)
+            columns.add("first", [examples])
+            for example in result:
+                tokens += len(example.ids)
+                columns.add("start", [tokens])
+                columns.add("prompt_len", [example.prompt_len])
+                columns.add("turn", [example.turn])
+                columns.add("way", [WAYS.index(example.way)])
+                columns.add("ids", example.ids)
+                columns.add("weights", example.weights)
+            examples += len(result)
+        columns.add("first", [examples])
     return {
-        "first": np.array([*changes, len(examples)], np.int64),
-        "start": np.cumsum([0, *(len(example.ids) for example in examples)], dtype=np.int64),
-        "prompt_len": np.array([example.prompt_len for example in examples], np.int32),
-        "turn": np.array([example.turn for example in examples], np.int32),
-        "way": np.array([WAYS.index(example.way) for example in examples], np.int32),
-        "ids": np.concatenate([np.empty(0, np.int32), *(example.ids for example in examples)]),
-        "weights": np.concatenate([np.empty(0, np.float32), *(example.weights for example in examples)]),
+        "conversations": names,
+        "rejects": rejects,
+        "notes": {said: count for said, count in notes.items() if count},
     }
 
 
