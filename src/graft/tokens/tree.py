@@ -34,7 +34,7 @@ def build_rows(examples: Sequence[Example], row_tokens: int, share: bool = True)
     """
     rows: list[Row] = []
     forest = _Forest()
-    for example in sorted(examples, key=_lexicographic):
+    for example in sorted(examples, key=lexicographic):
         length = len(example.ids)
         if not 0 < length <= row_tokens:
             raise ValueError(
@@ -51,7 +51,7 @@ def build_rows(examples: Sequence[Example], row_tokens: int, share: bool = True)
     return rows
 
 
-def _lexicographic(example: Example) -> tuple[bytes, str, int]:
+def lexicographic(example: Example) -> tuple[bytes, str, int]:
     """Big-endian bytes compare as the ids do; ties are broken so that the order never depends on the input's."""
     return example.ids.astype(">i4").tobytes(), example.conversation, example.turn
 
