@@ -42,7 +42,7 @@ def _is_ordinary(layer: Linear) -> bool:
     )
 
 
-class FusedLinear(Linear):  # type: ignore[misc]  # PEFT has no types
+class FusedLinear(Linear):
     """PEFT's LoRA layer with another forward."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -52,8 +52,9 @@ class FusedLinear(Linear):  # type: ignore[misc]  # PEFT has no types
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
         name = active[0]
-        weight, bias = self.base_layer.weight, self.base_layer.bias
-        down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        layers: Any = (self.base_layer, self.lora_A[name], self.lora_B[name])
+        weight, down, up = (layer.weight for layer in layers)
+        bias = layers[0].bias
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)

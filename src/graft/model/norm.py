@@ -30,7 +30,7 @@ def fuse_norms(model: nn.Module) -> int:
     for module in model.modules():
         ours = _rms_forward(module)
         if ours is not None and _same_numbers(module, ours):
-            module.forward = MethodType(ours, module)  # type: ignore[assignment]
+            module.forward = MethodType(ours, module)
             fused += 1
     return fused
 
@@ -54,7 +54,7 @@ def _rms_forward(module: nn.Module) -> Forward | None:
 
 def _same_numbers(module: nn.Module, ours: Forward) -> bool:
     """Whether both forwards give the same for a scale that is not all ones."""
-    scale: Tensor = module.weight.detach()  # type: ignore[assignment,operator]
+    scale = module.get_parameter("weight").detach()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, scale.shape[-1], generator=generator)
     with torch.no_grad():
@@ -84,9 +84,10 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = torch.einsum("...d,...d->...", x, x)[..., None].div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = x.new_empty(*x.shape[:-1], 1)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         for a, r, y in _pieces(x, scale, out):
+            r.copy_(torch.mul(a, a, out=y).mean(-1, keepdim=True).add_(eps).rsqrt_())
             torch.mul(a, r, out=y).mul_(weight)
         ctx.save_for_backward(x, weight, scale)
         return out
@@ -101,13 +102,13 @@ class _RmsNorm(torch.autograd.Function):
             if d_weight is not None:
                 d_weight += (g * a).mul_(r).sum(0)
             torch.mul(g, weight, out=d)
-            pull = torch.einsum("td,td->t", d, a)[:, None].mul_(r**3).div_(-a.shape[-1])
+            pull = (d * a).mean(-1, keepdim=True).mul_(r**3).neg_()
             d.mul_(r).addcmul_(a, pull)
         return dx, d_weight, None
 
 
 def _pieces(x: Tensor, scale: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Pieces of x [..., d], its scale [..., 1] and others [..., d] at the same places; a contiguous one can be written."""
+    """Pieces of x [..., d], its scale [..., 1] and others [..., d], at the same places; contiguous ones are writable."""
     flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, scale, *others)]
     size = max(1, PIECE_ELEMENTS // x.shape[-1])
     for start in range(0, len(flat[0]), size):
