@@ -186,6 +186,8 @@ def test_examples_are_never_the_question_itself(run):
 def test_what_is_missing_is_named(run, tmp_path):
     with pytest.raises(InputError, match=r"not a run folder.*--data FILE"):
         evaluate(resolve(str(run.final)), Options())
+    with pytest.raises(InputError, match=r"--by tpoic: no row of the data has that column; did you mean `topic`"):
+        evaluate(resolve(str(run.root)), Options(by="tpoic"))
     bare = RunFolder(tmp_path / "bare")
     bare.root.mkdir()
     bare.config.write_text(run.config.read_text())

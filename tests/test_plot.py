@@ -101,6 +101,16 @@ def test_pictures_are_written_and_unknown_kinds_refused(tmp_path):
         save(figure, tmp_path / "loss.docx")
 
 
+def test_a_logarithmic_axis_leaves_out_what_it_has_no_place_for(recwarn):
+    loss = draw([Curves("r", [(1.0, 2.0), (2.0, 0.0), (3.0, 1.0)], [(1.0, -1.0), (3.0, 0.5)])], log=True).axes[0]
+    assert loss.get_yscale() == "log"
+    assert _line(loss, "training") == [(1.0, 2.0), (3.0, 1.0)]
+    assert _line(loss, "validation") == [(3.0, 0.5)]
+    with pytest.raises(InputError, match="r: no loss above 0"):
+        draw([Curves("r", [(1.0, 0.0)])], log=True)
+    assert not recwarn.list
+
+
 def test_what_cannot_be_drawn_is_named(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         read_curves(tmp_path / "gone")

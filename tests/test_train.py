@@ -23,6 +23,7 @@ from graft.errors import DataRefused, Diverged, InputError, Interrupted
 from graft.runs import RunFolder
 from graft.train import checkpoint as checkpoint_module
 from graft.train import loop
+from graft.train import validate as validate_module
 from graft.train.loop import train
 from graft.train.schedule import learning_rate
 from graft.train.step import Stepper
@@ -135,6 +136,7 @@ def test_row_budget_and_trees_do_not_change_the_run(base, tmp_path):
 @pytest.mark.parametrize("at_row", [1, 9])
 def test_an_interrupted_run_continues_to_the_same_bits(base, tmp_path, monkeypatch, method, at_row):
     options = (f"method={method}", "row_tokens=128", "eval_every=2")
+    handler = signal.getsignal(signal.SIGINT)
     unbroken = train(settings_for(base, tmp_path, *options, out="unbroken"))
     accumulate, count = Stepper.accumulate, []
 
@@ -148,7 +150,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(base, tmp_path, monkeypat
     with pytest.raises(Interrupted, match="graft train --resume"):
         train(settings_for(base, tmp_path, *options, out="broken"))
     monkeypatch.setattr(Stepper, "accumulate", accumulate)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the handlers are given back"
+    assert signal.getsignal(signal.SIGINT) is handler, "the handlers are given back"
     resumed = train(settings_for(base, tmp_path, *options, "resume=true", out="broken"))
     assert_same_run(unbroken, resumed)
 
@@ -224,6 +226,66 @@ def test_a_resumed_run_must_be_the_same_run(base, tmp_path):
         train(settings_for(base, tmp_path, "resume=true"))
     with pytest.raises(InputError, match="no run to resume"):
         train(settings_for(base, tmp_path, "resume=true", out="nowhere"))
+
+
+@pytest.mark.parametrize("at_row", [2, 8])
+def test_a_stop_in_the_middle_of_a_validation_is_heard_and_the_validation_made_up_for(
+    base, tmp_path, monkeypatch, at_row
+):
+    options = ("row_tokens=128", "eval_every=2", "patience=50")
+    unbroken = train(settings_for(base, tmp_path, *options, out="unbroken"))
+    row_loss, count = validate_module.row_loss, []
+
+    def interrupt(*args):
+        count.append(1)
+        if len(count) == at_row:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return row_loss(*args)
+
+    monkeypatch.setattr(validate_module, "row_loss", interrupt)
+    with pytest.raises(Interrupted):
+        train(settings_for(base, tmp_path, *options, out="broken"))
+    assert len(count) == at_row, "the rest of the validation was not computed"
+    monkeypatch.setattr(validate_module, "row_loss", row_loss)
+    resumed = train(settings_for(base, tmp_path, *options, "resume=true", out="broken"))
+    assert_same_run(unbroken, resumed)
+    assert resumed.read_metrics()[0]["kind"] == "val"
+    assert [_without_speed(row) for row in resumed.read_metrics()] == [
+        _without_speed(row) for row in unbroken.read_metrics()
+    ]
+
+
+def _without_speed(row: dict) -> dict:
+    return {key: value for key, value in row.items() if key not in ("tokens_per_s", "memory_gib")}
+
+
+def test_a_run_can_be_resumed_from_another_folder(base, tmp_path, monkeypatch):
+    """Recipes name files from where they are run; the run folder must not depend on it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(base)
+    settings_for(base, tmp_path)  # writes the data
+    names = ["model=model", "data=data.jsonl", "out=run"]
+    train(settings_for(base, tmp_path, *names, "max_steps=4", "save_every=2"))
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    again = load_train(tmp_path / "run" / "config.yaml", [], {"resume": True, "out": str(tmp_path / "run")})
+    assert train(again).final.is_dir()
+    assert saved["data"][0]["path"] == str(tmp_path / "data.jsonl")
+
+
+def test_a_model_folder_is_no_place_for_a_run(base, tmp_path):
+    before = sorted(path.name for path in base.iterdir())
+    with pytest.raises(InputError, match="holds a model; choose another out=DIR"):
+        train(settings_for(base, tmp_path, f"out={base}"))
+    assert sorted(path.name for path in base.iterdir()) == before
+
+
+def test_an_adapter_of_another_rank_is_said(base, tmp_path, capsys):
+    first = train(settings_for(base, tmp_path, "lora.r=4", "max_steps=1", out="first"))
+    train(settings_for(base, tmp_path, f"init_from={first.final}", "max_steps=1", "lora.r=2", out="second"))
+    assert "its adapter has r 4, alpha 32, dropout 0.1, which stays; the settings say r 2" in capsys.readouterr().err
 
 
 def test_init_from_takes_the_weights_and_nothing_else(base, tmp_path):

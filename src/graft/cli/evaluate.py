@@ -28,7 +28,9 @@ def evaluate(
         list[str] | None, typer.Option(help="Where the examples come from; else the run's training part.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many conversations.", min=1)] = None,
-    by: Annotated[str, typer.Option(help="Column to break exact match down by.")] = "topic",
+    by: Annotated[
+        str | None, typer.Option(help="Column to break exact match down by.", show_default="topic, where there is one")
+    ] = None,
     ignore_case: Annotated[bool, typer.Option("--ignore-case", help="Exact match without regard to case.")] = False,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest answer; else twice the longest right answer.", min=1)

@@ -20,6 +20,8 @@ from graft.errors import InputError
 from graft.model import bloom
 from graft.model.adapters import plain
 from graft.model.attention import SEGMENTS, RowMissing, TreeRow, watch_masks
+from graft.model.lora import fuse_lora
+from graft.model.norm import fuse_norms
 from graft.tokens.tree import build_rows
 from graft.types import Example, Row
 
@@ -50,6 +52,8 @@ class TreeLM:
         `why_not` says, in a sentence, why the model runs one example per row; None means that it runs on trees.
         """
         self.model = model
+        fuse_lora(model)
+        fuse_norms(model)
         self.base = plain(model)
         self.decoder: nn.Module = self.base.base_model
         self.embedding: nn.Module = self.base.get_input_embeddings()

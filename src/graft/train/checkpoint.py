@@ -47,6 +47,8 @@ class State:
     skipped_in_a_row: int = 0
     bad_validations: int = 0
     """Validations since the best one."""
+    unvalidated: bool = False
+    """A validation was due at this step and was cut short by a stop; the resumed run makes it first."""
     skipped: int = 0
     """Steps that were skipped because they were not finite."""
     window: Mapping[str, Any] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ def load_for_training(
         if settings.gradient_checkpointing:
             base.enable_input_require_grads()  # the first layer's inputs need a gradient, or nothing is recomputed
         model = load_adapter(base, start, trainable=True) if start else add_lora(base, settings.lora, settings.seed)
+        if start and start is not checkpoint:
+            _say_other_shape(model, settings)
     else:
         model = load_base(str(start or settings.model), precision.trained, settings.trust_remote_code)
         model.requires_grad_(True)
@@ -45,6 +48,16 @@ def load_for_training(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     nn.Module.to(model, device)
     return TreeLM(model, trees=settings.trees), final_dtype
+
+
+def _say_other_shape(model: PeftModel, settings: Train) -> None:
+    """An adapter brings its own shape, which the recipe's cannot change."""
+    brought: Any = model.peft_config["default"]
+    its = {"r": brought.r, "alpha": brought.lora_alpha, "dropout": brought.lora_dropout}
+    asked = {name: getattr(settings.lora, name) for name in its}
+    if its != asked:
+        shown = [", ".join(f"{name} {value:g}" for name, value in shape.items()) for shape in (its, asked)]
+        warn(f"init_from {settings.init_from}: its adapter has {shown[0]}, which stays; the settings say {shown[1]}")
 
 
 def weights_folder(named: str) -> Path:

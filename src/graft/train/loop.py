@@ -42,7 +42,7 @@ from graft.train.prepare import Prepared, prepare
 from graft.train.schedule import learning_rate
 from graft.train.signals import stop_requests
 from graft.train.step import Stepper
-from graft.train.validate import Validation, validate
+from graft.train.validate import Stopped, validate
 
 
 def train(settings: Train) -> RunFolder:
@@ -75,6 +75,8 @@ def open_run(settings: Train) -> tuple[Train, RunFolder]:
     run = new_run_folder(settings.out, name)
     if run.begun() and not settings.resume:
         raise InputError(f"{run.root}: holds a run already; continue it with resume=true, or choose another out=DIR")
+    if not run.exists() and any((run.root / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise InputError(f"{run.root}: holds a model; choose another out=DIR, so that no file of it is touched")
     if settings.resume and not run.exists():
         raise InputError(f"{run.root}: there is no run to resume; start it without resume=true")
     make_writable(run.root)
@@ -91,9 +93,17 @@ def open_run(settings: Train) -> tuple[Train, RunFolder]:
 
 
 def write_settings(settings: Train, run: RunFolder) -> None:
-    """config.yaml with every effective value; it is a recipe too."""
+    """config.yaml with every effective value; it is a recipe too, and names files so that it serves from anywhere."""
     saved = settings.model_dump(mode="json", exclude={"resume"})
+    files = [(source, "path") for source in (*saved["data"], *saved["val"], *saved["test"])]
+    for holder, key in (*files, (saved, "model"), (saved, "init_from"), (saved["encode"], "template")):
+        holder[key] = _from_anywhere(holder[key])
     write_atomic(run.config, yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
+
+
+def _from_anywhere(name: str | None) -> str | None:
+    """A file or folder's absolute path; any other name as it is."""
+    return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
 
 
 @dataclass(slots=True)
@@ -154,9 +164,9 @@ class Fit:
         """Update by update to the end of the plan."""
         eval_every = self.settings.eval_every or max(1, math.ceil(self.total_steps / 10))
         save_every = self.settings.save_every or eval_every
-        if self.state.step == 0:
-            self._validate()
-            if self.settings.patience is not None:
+        if self.state.step == 0 or self.state.unvalidated:
+            better = self._validate(stop)
+            if better or (self.state.step == 0 and self.settings.patience is not None):
                 self.save()  # the untrained weights may turn out to be the best
         self.lm.model.train()
         while self.state.step < self.total_steps and not self._out_of_patience():
@@ -175,7 +185,7 @@ class Fit:
                 self._log(update)
             better = False
             if self.state.step % eval_every == 0 or done:
-                better = self._validate()
+                better = self._validate(stop)
             if self.state.step % save_every == 0 or better or done:
                 self.save()
 
@@ -235,11 +245,16 @@ class Fit:
             self._trace(step, examples, rows)
         return Update(loss, lr, norm)
 
-    def _validate(self) -> bool:
+    def _validate(self, stop: threading.Event) -> bool:
         """Validate and log; whether this is the best so far."""
         if not self.val_examples:
             return False
-        found: Validation = validate(self.lm, self.val_examples, self.settings.row_budget, self.precision)
+        self.state = replace(self.state, unvalidated=True)
+        try:
+            found = validate(self.lm, self.val_examples, self.settings.row_budget, self.precision, stop)
+        except Stopped:
+            self._stop_here()
+        self.state = replace(self.state, unvalidated=False)
         row = {"kind": "val", "step": self.state.step, "loss": found.loss, "token_accuracy": found.token_accuracy}
         append_jsonl(self.run.metrics, _finite(row | {"tokens": found.tokens}))
         self.last_val = found.loss

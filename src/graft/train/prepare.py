@@ -156,17 +156,23 @@ def _made_of(
     decides = settings.model_dump(
         mode="json",
         include={
-            "method", "lora", "init_from", "precision", "batch_size", "epochs", "max_steps", "seed", "lr", "schedule",
+            "method", "lora", "precision", "batch_size", "epochs", "max_steps", "seed", "lr", "schedule",
             "warmup", "min_lr_ratio", "weight_decay", "beta1", "beta2", "eps", "clip",
         },
     )  # fmt: skip
     repeats = hashlib.blake2b(repr(plan.repeats).encode(), digest_size=8).hexdigest()
     return {
-        "model": str(Path(settings.model).resolve() if Path(settings.model).exists() else settings.model),
+        "model": _place(settings.model),
         "model's weights": weights_fingerprint(settings.model),
         "encoded data": train.key,
         "validation data": validation.key,
         "chat template and tokenizer": renderer.fingerprint(),
         "source weights": repeats,
         **{key: str(value) for key, value in decides.items()},
+        "init_from": _place(settings.init_from) if settings.init_from else "None",
     }
+
+
+def _place(name: str) -> str:
+    """A folder wherever it is named from; a hub's id as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,17 +30,35 @@ class Validation:
     """Sum of the weights of all targets: their number, where every weight is 1."""
 
 
-def validate(lm: TreeLM, examples: Sequence[Example], row_tokens: int, precision: Precision) -> Validation:
-    """Loss and token accuracy; (nan, nan, 0) for a set without targets. No logits are kept."""
+class Stopped(Exception):
+    """A stop was asked for before the validation was through. Never reaches the user."""
+
+
+def validate(
+    lm: TreeLM,
+    examples: Sequence[Example],
+    row_tokens: int,
+    precision: Precision,
+    stop: threading.Event | None = None,
+) -> Validation:
+    """Loss and token accuracy; (nan, nan, 0) for a set without targets. No logits are kept.
+
+    Raises:
+        Stopped: `stop` was set meanwhile.
+    """
     nll = correct = 0.0
     training = lm.model.training
     lm.model.eval()
-    with torch.inference_mode(), precision.autocast(lm.device):
-        for row in track(lm.rows(examples, row_tokens), "validating"):
-            summed = row_loss(lm, TreeRow.of(row, lm.device))
-            nll += float(summed.nll)
-            correct += float(summed.correct)
-    lm.model.train(training)
+    try:
+        with torch.inference_mode(), precision.autocast(lm.device):
+            for row in track(lm.rows(examples, row_tokens), "validating"):
+                summed = row_loss(lm, TreeRow.of(row, lm.device))
+                nll += float(summed.nll)
+                correct += float(summed.correct)
+                if stop is not None and stop.is_set():
+                    raise Stopped
+    finally:
+        lm.model.train(training)
     weight = total_weight(examples)
     if weight == 0:
         return Validation(math.nan, math.nan, 0.0)

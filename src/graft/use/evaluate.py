@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from graft.config.base import did_you_mean
 from graft.config.data import Source
 from graft.config.train import Encode, Sampling
 from graft.console import note, warn
@@ -55,8 +56,8 @@ class Options:
     max_new_tokens: int | None = None
     """None allows twice the longest right answer, and at least 16 tokens."""
     seed: int = 0
-    by: str = "topic"
-    """Column by whose values exact match is broken down, where the data has it."""
+    by: str | None = None
+    """Column by whose values exact match is broken down; None is `topic` where the data has it."""
     device: str = "auto"
     precision: str = "auto"
     trust_remote_code: bool = False
@@ -69,6 +70,7 @@ def evaluate(target: Target, options: Options) -> Evaluation:
         InputError: the data, a model or its tokenizer cannot serve.
     """
     conversations = _conversations(target, options)
+    _check_column(options.by, conversations)
     base = _base_target(target, options.base)
     renderer = load_renderer(target.tokenizer, trust_remote_code=options.trust_remote_code)
     settings = target.encode_settings()
@@ -139,10 +141,11 @@ class _Work:
         forced: tuple[float | None, float | None, float | None],
     ) -> Column:
         right = [exact_match(answer.text, answer.question.target or "", self.options.ignore_case) for answer in answers]
+        column = self.options.by or "topic"
         groups: dict[str, list[bool]] = {}
         for answer, hit in zip(answers, right, strict=True):
-            if self.options.by in answer.question.meta:
-                groups.setdefault(str(answer.question.meta[self.options.by]), []).append(hit)
+            if column in answer.question.meta:
+                groups.setdefault(str(answer.question.meta[column]), []).append(hit)
         by = {key: proportion(groups[key]) for key in sorted(groups)}
         return Column(name, path, shots, *forced, tuple(answers), tuple(right), by)
 
@@ -251,6 +254,14 @@ def _conversations(target: Target, options: Options) -> list[Conversation]:
     if not loaded.conversations:
         raise InputError(f"{', '.join(source.path for source in sources)}: no conversation that can be evaluated")
     return loaded.conversations[: options.limit]
+
+
+def _check_column(by: str | None, conversations: Sequence[Conversation]) -> None:
+    if by is None or any(by in conversation.meta for conversation in conversations):
+        return
+    columns = sorted({column for conversation in conversations for column in conversation.meta})
+    there = f"; there are {', '.join(columns[:12])}" if columns else "; it has no columns besides the conversations"
+    raise InputError(f"--by {by}: no row of the data has that column{did_you_mean(by, columns)}{there}")
 
 
 def _shots(target: Target, options: Options, asked: Sequence[Conversation]) -> list[Message]:

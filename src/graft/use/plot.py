@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,8 @@ DARK = Ink(text="#e6edf3", faint="#9198a1", grid="#30363d", ground="#0d1117", cu
 def draw(curves: Sequence[Curves], log: bool = False, dark: bool = False) -> Figure:
     """Training loss (raw faint, smoothed strong) and validation loss above, the learning rate in a strip below."""
     ink = DARK if dark else LIGHT
+    if log:
+        curves = [_above_zero(curve) for curve in curves]
     figure = Figure(figsize=(8, 4.8), dpi=160, facecolor=ink.ground, layout="constrained")
     FigureCanvasAgg(figure)
     with_lr = any(curve.lr for curve in curves)
@@ -103,6 +105,20 @@ def svg_data_uri(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True)
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _above_zero(curve: Curves) -> Curves:
+    """Without the losses that a logarithmic axis has no place for.
+
+    Raises:
+        InputError: there is no other loss.
+    """
+    train, val = ([point for point in points if point[1] > 0] for points in (curve.train, curve.val))
+    if not train and not val:
+        raise InputError(
+            f"{curve.name}: no loss above 0, so that a logarithmic axis has nothing to show; leave --log out"
+        )
+    return replace(curve, train=train, val=val)
 
 
 def _draw_loss(axes: Axes, curve: Curves, name: str, colour: str, val_colour: str) -> None:
