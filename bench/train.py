@@ -1,13 +1,15 @@
 """One LoRA training step against TRL's SFTTrainer: same model, data, order, schedule and initial adapter.
 
-    python bench/train.py                 # both cases, 30 steps each, about ten minutes on two cores
+    python bench/train.py                 # every case, 30 steps each, about half an hour on two cores
     python bench/train.py --case plain --steps 30 --out bench/results/train.json
 
 The two trainers alternate step by step inside one process, so that a machine that slows down slows both; the ratio of
 their medians is what counts. What is given to the peer:
 
 - its micro-batch size and loss type are the fastest of those tried on this machine, in this run (`calibration`);
-- each step's conversations are sorted by length for it, so that its micro-batches hold little padding;
+- its rows come in the order in which they were drawn, as its own sampler would hand them out; with `--sorted` each
+  step's conversations are sorted by length for it instead, so that its micro-batches hold as little padding as any
+  order of them can (its `train_sampling_strategy: group_by_length` comes near that);
 - gradient checkpointing off, fused AdamW, fp32, the same LoRA (r 16, all linear layers).
 
 tokens/s counts the data's tokens (each conversation's own length, prompt and answer, no padding, whether shared or
@@ -172,12 +174,15 @@ class Alternate(TrainerCallback):
         self.between(state.global_step - 1)
 
 
-def peer_rows(conversations: dict[str, Any], prepared: Prepared, steps: int) -> tuple[list[dict[str, Any]], list[int]]:
-    """The plan's conversations step by step, sorted by length within each step; and each step's tokens."""
+def peer_rows(
+    conversations: dict[str, Any], prepared: Prepared, steps: int, by_length: bool
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """The plan's conversations step by step, each step's in order or by length; and each step's tokens."""
     rows, tokens = [], []
     for number in range(steps):
         chosen = [(prepared.train.examples_of(int(c))[0], int(c)) for c in prepared.plan.step(number)]
-        chosen.sort(key=lambda pair: len(pair[0].ids))
+        if by_length:
+            chosen.sort(key=lambda pair: len(pair[0].ids))
         tokens.append(sum(len(example.ids) for example, _ in chosen))
         for _, c in chosen:
             messages = conversations[prepared.train.conversations[c]]["messages"]
@@ -234,7 +239,7 @@ def calibrate(folder: str, lora: Any, rows: Any, tokens: Any, settings: Any) -> 
     return found
 
 
-def compare(case: str, steps: int, threads: int, peer: str | None) -> dict[str, Any]:
+def compare(case: str, steps: int, threads: int, peer: str | None, by_length: bool) -> dict[str, Any]:
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "model"
@@ -247,7 +252,7 @@ def compare(case: str, steps: int, threads: int, peer: str | None) -> dict[str, 
         conversations = {f"{case}:{n}": json.loads(line) for n, line in enumerate(data.read_text().splitlines(), 1)}
         # Steps of exactly batch_size, so that the peer's accumulation divides them.
         prepared = fixed_steps(prepared, settings.batch_size, steps)
-        rows, tokens = peer_rows(conversations, prepared, steps)
+        rows, tokens = peer_rows(conversations, prepared, steps, by_length)
         calibration = {} if peer else calibrate(str(folder), settings.lora, rows, tokens, settings)
         best = peer or min(calibration, key=lambda name: calibration[name])
         micro, loss_type = int(best.split(" ")[0]), best.rsplit(" ", 1)[1]
@@ -264,6 +269,7 @@ def compare(case: str, steps: int, threads: int, peer: str | None) -> dict[str, 
         ours, theirs = graft.timed.tokens_per_s(2), timed.tokens_per_s(2)
         return {
             "case": case, "data": CASES[case], "steps": steps, "batch_size": settings.batch_size,
+            "trl_rows": "sorted by length within each step" if by_length else "as drawn",
             "parameters": sum(p.numel() for p in graft.lm.base.parameters()),
             "graft_tokens_per_s": ours, "trl_tokens_per_s": theirs, "ratio": ours["median"] / theirs["median"],
             "sharing": statistics.mean(graft.sharing), "trl_setting": best, "calibration_s_per_step": calibration,
@@ -286,6 +292,7 @@ def main() -> None:
     parser.add_argument("--case", choices=list(CASES), action="append")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--peer", help="skip the calibration: the peer's setting as it names it, '4 x 4, chunked_nll'")
+    parser.add_argument("--sorted", action="store_true", help="give the peer each step's rows sorted by length")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "train.json")
     args = parser.parse_args()
@@ -295,7 +302,7 @@ def main() -> None:
         "device": f"CPU, {args.threads} threads, {platform.processor() or platform.machine()}",
         "commit": commit.strip(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
-        "cases": [compare(case, args.steps, args.threads, args.peer) for case in args.case or list(CASES)],
+        "cases": [compare(case, args.steps, args.threads, args.peer, args.sorted) for case in args.case or list(CASES)],
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -108,7 +108,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def _pieces(x: Tensor, scale: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Pieces of x [..., d], its scale [..., 1] and others [..., d], at the same places; contiguous ones are writable."""
+    """Pieces of x [..., d], its scale [..., 1] and others [..., d]; those of a contiguous tensor can be written to."""
     flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, scale, *others)]
     size = max(1, PIECE_ELEMENTS // x.shape[-1])
     for start in range(0, len(flat[0]), size):

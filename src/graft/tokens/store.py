@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def encode_stored(
     key = store_key(conversations, renderer, settings)
     folder = cache_folder() / key
     if (folder / "meta.json").is_file():
-        return _read(folder, key, mapped=True)
+        return _placed(_read(folder, key, mapped=True), conversations)
 
     def results(notes: Counter[str]) -> Iterator[list[Example] | Reject]:
         count = default_workers(len(conversations)) if workers is None else workers
@@ -129,16 +129,32 @@ def encode_stored(
 
 
 def store_key(conversations: Iterable[Conversation], renderer: Renderer, settings: Encode) -> str:
-    """Hash of everything that shapes the ids."""
+    """Hash of everything that shapes the ids. Where files lie does not: a run may be resumed from another folder."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in (str(ENCODER_VERSION), renderer.fingerprint(), settings.model_dump_json(exclude={"date"})):
+    shaping = settings.model_dump_json(exclude={"date", "template"})  # the renderer's fingerprint holds their texts
+    for part in (str(ENCODER_VERSION), renderer.fingerprint(), shaping):
         digest.update(part.encode() + b"\0")
     for conversation in conversations:
         origin = conversation.origin
         turns = tuple(map(_SHAPING, conversation.messages))
-        shapes = (conversation.id, origin.file, origin.line, turns, conversation.tools, conversation.text)
+        shapes = (conversation.id, _name(origin.file), origin.line, turns, conversation.tools, conversation.text)
         digest.update(repr(shapes).encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()
+
+
+def _name(file: str) -> str:
+    return file.rsplit("/", 1)[-1]
+
+
+def _placed(store: ExampleStore, conversations: Iterable[Conversation]) -> ExampleStore:
+    """The store with its rejects where the files are now: it may have been encoded when they lay elsewhere."""
+    if not store.rejects:
+        return store
+    files = {(_name(c.origin.file), c.origin.line): c.origin.file for c in conversations}
+    placed = (
+        replace(reject, file=files.get((_name(reject.file), reject.line), reject.file)) for reject in store.rejects
+    )
+    return replace(store, rejects=tuple(placed))
 
 
 _SHAPING = operator.attrgetter("role", "content", "reasoning", "tool_calls", "name", "tool_call_id", "weight")
