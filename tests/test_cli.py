@@ -194,3 +194,15 @@ def test_output_to_a_closed_pipe_is_no_traceback():
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, env=os.environ)
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting"),
+    [((), "lora"), (("train",), "lora"), (("clean",), "steps"), (("prompts",), "task"), (("synth",), "budget")],
+)
+def test_each_recipe_has_a_schema(graft, recipe, setting):
+    code, out, _ = graft("schema", *recipe)
+    schema = json.loads(out)
+    assert code == 0
+    assert setting in schema["properties"]
+    assert schema["additionalProperties"] is False

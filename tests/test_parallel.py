@@ -81,7 +81,7 @@ def test_usable_workers_is_a_number_of_processors():
 
 
 LONG = """
-import os, sys, time
+import os, signal, sys, time
 from graft.data.parallel import map_batches
 
 def wait(items):
@@ -89,6 +89,7 @@ def wait(items):
     time.sleep(0.05 if {patient} else 600)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is begun with it ignored
     try:
         for _ in map_batches(wait, range(100_000), 2, batch=1):
             pass

@@ -25,7 +25,17 @@ def test_the_commands_run(name, tmp_path, monkeypatch, capsys):
     make_model_folder(tmp_path / "my-model")
     write_rows(tmp_path / "my-data.jsonl", make_conversations(60))
     found = commands(ROOT / name)
-    assert [command.split()[1] for command in found] == ["train", "eval", "chat", "predict", "plot", "data"]
+    assert [command.split()[1] for command in found] == [
+        "train",
+        "eval",
+        "chat",
+        "data",
+        "data",
+        "data",
+        "predict",
+        "plot",
+        "data",
+    ]
     for command in found:
         monkeypatch.setattr(sys, "argv", shlex.split(command))
         monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
@@ -35,6 +45,7 @@ def test_the_commands_run(name, tmp_path, monkeypatch, capsys):
         assert not left.value.code, f"{command}\n{said.err}"
         assert "Traceback" not in said.err
     assert (tmp_path / "predictions.jsonl").is_file()
+    assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
 def test_the_two_readmes_have_the_same_commands_and_their_links_lead_somewhere():

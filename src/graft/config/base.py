@@ -147,7 +147,7 @@ def _explain(model: type[Settings], item: Any, lines: Mapping[tuple[str, ...], i
     key = ".".join(path)
     if item["type"] == "extra_forbidden":
         hint = did_you_mean(key, setting_names(model))
-        return f"{where}: unknown setting `{key}`{hint or '; `graft schema` lists them all'}"
+        return f"{where}: unknown setting `{key}`{hint or f'; `graft schema {model.__name__.lower()}` lists them all'}"
     if item["type"] == "missing":
         return f"{where}: `{key}` is needed, for example --{key.replace('_', '-')} PATH or `{key}: PATH` in the recipe"
     message = str(item["msg"]).removeprefix("Value error, ")
