@@ -246,7 +246,15 @@ def compare(case: str, steps: int, threads: int, peer: str | None, by_length: bo
         make_model_folder(folder)
         data = make_data(case, Path(work), AutoTokenizer.from_pretrained(folder))
         settings = load_train(
-            None, [f"model={folder}", f"data={data}", "encode.max_length=1024", "row_tokens=8192", f"max_steps={steps}"]
+            None,
+            [
+                f"model={folder}",
+                f"data={data}",
+                "encode.max_length=1024",
+                "row_tokens=8192",
+                f"max_steps={steps}",
+                "warmup=0",
+            ],
         )
         prepared = prepare(settings, RunFolder(Path(work)))
         conversations = {f"{case}:{n}": json.loads(line) for n, line in enumerate(data.read_text().splitlines(), 1)}

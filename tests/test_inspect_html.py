@@ -204,7 +204,8 @@ def test_branches_cover_every_node_with_the_examples_that_pass_through_it(row_to
 
 def test_levels_count_forks():
     r = renderer()
-    rows = [talk("s:Same.", f"u:{q}", f"a:{a}", name=q + a) for q, a in (("x", "1"), ("x", "2"), ("y", "3"))]
+    one = "a question that is longer than the shortest run of nodes"
+    rows = [talk("s:Same.", f"u:{q}", f"a:{a}", name=q + a) for q, a in ((one, "1"), (one, "2"), ("y", "3"))]
     (trees,) = forest.step_trees(encode_all(rows, r, ROOMY).examples, 9000).trees
     assert [(branch.level, branch.examples) for branch in trees.branches] == [(0, 3), (1, 2), (2, 1), (2, 1), (1, 1)]
     turns = talk("u:a", "a:b", "u:c", "a:d")

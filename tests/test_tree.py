@@ -66,6 +66,26 @@ def test_any_forest_holds_every_path_once_and_all_weight(lists, row_tokens, shar
         assert len(rows[0]) == len(prefixes_of(examples)), "in one row, a prefix is computed once"
 
 
+@given(lists_of_ids, st.integers(1, 5))
+@settings(max_examples=300, deadline=None)
+def test_siblings_that_begin_alike_hold_every_path_and_all_weight_too(lists, shortest_run):
+    examples = [make_example(str(i), ids, 1, weight=1 + i) for i, ids in enumerate(lists)]
+    (row,), (tight,) = build_rows(examples, 200, shortest_run=shortest_run), build_rows(examples, 200)
+    assert paths_of(row) == pytest.approx(prefixes_of(examples))
+    assert len(row) >= len(tight)
+    assert len(segments(row).sizes) <= len(segments(tight).sizes) or len(row) == len(tight)
+
+
+def test_a_branch_that_would_cut_off_a_short_run_begins_further_up():
+    stem = list(range(100, 120))
+    lists = [[*stem, 1, 2, 3, 4], [*stem, 1, 2, 5, 6], [*stem, 7, 8], [50, 51, 9], [50, 51, 10]]
+    examples = [make_example(str(i), ids, 1) for i, ids in enumerate(lists)]
+    (row,), (tight,) = build_rows(examples, 200, shortest_run=16), build_rows(examples, 200)
+    assert segments(row).sizes == (3, 3, 20, 4, 4, 2)
+    assert segments(row).ancestors == ((), (), (), (2,), (2,), (2,))
+    assert segments(tight).sizes == (2, 1, 1, 20, 2, 2, 2, 2)
+
+
 @given(lists_of_ids)
 @settings(max_examples=200, deadline=None)
 def test_the_order_of_the_examples_does_not_matter(lists):

@@ -31,10 +31,16 @@ def schema(
     import json
     import sys
 
+    from graft.config.base import Settings
     from graft.config.clean import Clean
     from graft.config.prompts import Prompts
     from graft.config.synth import Synth
     from graft.config.train import Train
 
-    settings = {Recipe.train: Train, Recipe.clean: Clean, Recipe.prompts: Prompts, Recipe.synth: Synth}[recipe]
-    sys.stdout.write(json.dumps(settings.model_json_schema(), indent=2, ensure_ascii=False) + "\n")
+    known: dict[Recipe, type[Settings]] = {
+        Recipe.train: Train,
+        Recipe.clean: Clean,
+        Recipe.prompts: Prompts,
+        Recipe.synth: Synth,
+    }
+    sys.stdout.write(json.dumps(known[recipe].model_json_schema(), indent=2, ensure_ascii=False) + "\n")

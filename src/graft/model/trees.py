@@ -22,7 +22,7 @@ from graft.model.adapters import plain
 from graft.model.attention import SEGMENTS, RowMissing, TreeRow, watch_masks
 from graft.model.lora import fuse_lora
 from graft.model.norm import fuse_norms
-from graft.tokens.tree import build_rows
+from graft.tokens.tree import SHORTEST_RUN, build_rows
 from graft.types import Example, Row
 
 
@@ -88,7 +88,7 @@ class TreeLM:
 
     def rows(self, examples: Sequence[Example], row_tokens: int) -> list[Row]:
         """The rows in which this model computes these examples."""
-        return build_rows(examples, row_tokens, share=self.on_trees)
+        return build_rows(examples, row_tokens, share=self.on_trees, shortest_run=SHORTEST_RUN)
 
     def _run(self, module: nn.Module, tree: TreeRow) -> Any:
         if not self.on_trees:

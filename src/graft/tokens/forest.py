@@ -16,7 +16,7 @@ from rich.text import Text
 
 from graft.tokens.renderer import Renderer
 from graft.tokens.show import STYLES, Piece, kind_of, pieces_of, visible
-from graft.tokens.tree import Sharing, build_rows, lexicographic, segments, sharing
+from graft.tokens.tree import SHORTEST_RUN, Sharing, build_rows, lexicographic, segments, sharing
 from graft.types import Example, Row
 
 _DEEPEST = 16
@@ -70,7 +70,7 @@ def step_trees(examples: Sequence[Example], row_tokens: int) -> Step:
     Raises:
         ValueError: an example is longer than `row_tokens`.
     """
-    rows = build_rows(examples, row_tokens)
+    rows = build_rows(examples, row_tokens, shortest_run=SHORTEST_RUN)
     return Step(tuple(_trees_of(rows, examples)), sharing(examples, rows), len(examples))
 
 
@@ -80,7 +80,9 @@ def _trees_of(rows: Sequence[Row], examples: Sequence[Example]) -> list[Trees]:
     found: list[Trees] = []
     done = 0
     for row in rows:
-        child = {key: node for node, key in enumerate(zip(row.parent.tolist(), row.ids.tolist(), strict=True))}
+        child: dict[tuple[int, int], list[int]] = {}
+        for node, key in enumerate(zip(row.parent.tolist(), row.ids.tolist(), strict=True)):
+            child.setdefault(key, []).append(node)
         through: list[list[Example]] = [[] for _ in range(len(row))]
         while done < len(waiting) and (path := _path(waiting[done], child)) is not None:
             for node in path:
@@ -91,15 +93,18 @@ def _trees_of(rows: Sequence[Row], examples: Sequence[Example]) -> list[Trees]:
     return found
 
 
-def _path(example: Example, child: dict[tuple[int, int], int]) -> list[int] | None:
-    """The nodes of an example, root first, or None where the row does not have it."""
-    node, path = -1, []
-    for token in example.ids.tolist():
-        following = child.get((node, token))
-        if following is None:
-            return None
-        path.append(node := following)
-    return path
+def _path(example: Example, child: dict[tuple[int, int], list[int]]) -> list[int] | None:
+    """The nodes of an example, root first, or None where the row does not have it. Siblings may begin alike."""
+    ids = example.ids.tolist()
+    path: list[int] = []
+    waiting = [(0, node) for node in reversed(child.get((-1, ids[0]), []))]
+    while waiting:
+        depth, node = waiting.pop()
+        path[depth:] = [node]
+        if depth + 1 == len(ids):
+            return path
+        waiting += [(depth + 1, following) for following in reversed(child.get((node, ids[depth + 1]), []))]
+    return None
 
 
 def _branches(row: Row, through: Sequence[Sequence[Example]]) -> tuple[Branch, ...]:

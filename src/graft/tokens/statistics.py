@@ -19,7 +19,7 @@ from graft.data.tally import Tally
 from graft.tokens.encode import encode_each
 from graft.tokens.plan import Plan
 from graft.tokens.renderer import Renderer
-from graft.tokens.tree import Sharing, build_rows
+from graft.tokens.tree import SHORTEST_RUN, Sharing, build_rows
 from graft.types import Conversation, Example, FloatArray, IntArray, Reject
 
 LIMITS = (512, 1024, 2048, 4096, 8192)
@@ -227,7 +227,7 @@ def _sharing(
     steps = plan.total_steps if kept else 0
     nodes = 0
     for step in np.array_split(order, steps) if kept else ():  # all of `plan.step`, with one shuffle
-        rows = build_rows([example for index in step for example in kept[index]], row_tokens)
+        rows = build_rows([example for index in step for example in kept[index]], row_tokens, shortest_run=SHORTEST_RUN)
         nodes += sum(len(row) for row in rows)
     compared: list[Example] = []
     held = whole_conversations = 0

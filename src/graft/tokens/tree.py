@@ -14,6 +14,7 @@ The label shift lives here and nowhere else: node i is predicted from the hidden
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -22,30 +23,35 @@ import numpy.typing as npt
 
 from graft.types import Example, IntArray, Row
 
+SHORTEST_RUN = 16
+"""Sharing fewer tokens than this costs more, by an attention call of their own, than computing them again."""
 
-def build_rows(examples: Sequence[Example], row_tokens: int, share: bool = True) -> list[Row]:
+
+def build_rows(examples: Sequence[Example], row_tokens: int, share: bool = True, shortest_run: int = 1) -> list[Row]:
     """Merge examples into trees and cut the forest into rows of at most `row_tokens` nodes.
 
     An example is never cut: where one does not fit into what is left of a row, the next row begins with it, and what
-    it shared with the row before is computed again. With `share` false every row is a single example.
+    it shared with the row before is computed again. With `share` false every row is a single example. A branch less
+    than `shortest_run` nodes below another one begins there instead: siblings may then begin with the same tokens,
+    which changes no number.
 
     Raises:
         ValueError: an example is empty or longer than `row_tokens`.
     """
     rows: list[Row] = []
     forest = _Forest()
-    for example in sorted(examples, key=lexicographic):
+    ordered = sorted(examples, key=lexicographic)
+    for example, shared in zip(ordered, _shared(ordered, shortest_run), strict=True):
         length = len(example.ids)
         if not 0 < length <= row_tokens:
             raise ValueError(
                 f"example of {example.conversation}: {length} tokens do not fit into a row of {row_tokens}"
             )
-        shared = forest.shared_with(example.ids) if share else 0
         full = forest.size + length - shared > row_tokens
         if forest.size and (full or not share):
             rows.append(forest.row())
-            forest, shared = _Forest(), 0
-        forest.add(example, shared)
+            forest = _Forest()
+        forest.add(example, shared if forest.size else 0)
     if forest.size:
         rows.append(forest.row())
     return rows
@@ -56,25 +62,52 @@ def lexicographic(example: Example) -> tuple[bytes, str, int]:
     return example.ids.astype(">i4").tobytes(), example.conversation, example.turn
 
 
+def _shared(ordered: Sequence[Example], shortest_run: int) -> list[int]:
+    """How many tokens each example shares with the one before it.
+
+    That is their longest common prefix, except where it ends less than `shortest_run` below the branch above it: then
+    it is that branch's depth. Branches are found from the root: the least common prefix within a group of neighbours
+    is where the group first branches, and cuts it into groups that branch further down.
+    """
+    common = [0, *(_common(a.ids, b.ids) for a, b in itertools.pairwise(ordered))]
+    shared = list(common)
+    groups = [(1, len(ordered), 0)]  # examples first-1 to last-1, and the depth of the branch above them
+    while groups:
+        first, last, above = groups.pop()
+        if first >= last:
+            continue
+        depth = min(common[first:last])
+        branch = depth if depth - above >= shortest_run else above
+        for index in range(first, last):
+            if common[index] == depth:
+                shared[index] = branch
+                groups.append((first, index, branch))
+                first = index + 1
+        groups.append((first, last, branch))
+    for index in range(1, len(ordered)):
+        if common[index] == len(ordered[index - 1].ids):  # it goes on where that one ended: no branch
+            shared[index] = common[index]
+    return shared
+
+
+def _common(a: IntArray, b: IntArray) -> int:
+    """Length of the longest common prefix."""
+    most = min(len(a), len(b))
+    differs = np.flatnonzero(a[:most] != b[:most])
+    return int(differs[0]) if len(differs) else most
+
+
 class _Forest:
     """A forest that grows at its right edge; `path` is the way from the root to the last leaf."""
 
     def __init__(self) -> None:
         self.size = 0
-        self.last: IntArray = np.empty(0, np.int32)
         self.path: npt.NDArray[np.int64] = np.empty(0, np.int64)
         self.added: list[tuple[Example, int, npt.NDArray[np.int64]]] = []
-
-    def shared_with(self, ids: IntArray) -> int:
-        """Length of the longest common prefix with the example that was added last, in tokens."""
-        most = min(len(ids), len(self.last))
-        differs = np.flatnonzero(ids[:most] != self.last[:most])
-        return int(differs[0]) if len(differs) else most
 
     def add(self, example: Example, shared: int) -> None:
         new = np.arange(self.size, self.size + len(example.ids) - shared)
         self.path = np.concatenate([self.path[:shared], new])
-        self.last = example.ids
         self.size += len(new)
         self.added.append((example, shared, self.path))
 
