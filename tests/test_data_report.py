@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 from graft.cli.data.app import app
 from graft.config.data import Source
 from graft.config.train import Encode
-from graft.data.describe import Describer, common_terms, opening
-from graft.data.histogram import spread
+from graft.data.describing.describe import Describer, common_terms, opening
+from graft.data.describing.histogram import spread
+from graft.data.describing.sample import Reservoir
+from graft.data.describing.strange import MEASURES, Watch
 from graft.data.load import load_sources
-from graft.data.sample import Reservoir
-from graft.data.strange import MEASURES, Watch
 from graft.data.visible import escape_hidden
 from graft.errors import GraftError
 from graft.tokens.encode import encode_all

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import LANGUAGES, reference_jaccard, reference_shingles, reference_tokens, talk
 
-from graft.data.dedup import conversation_text, exact_key, near_groups
-from graft.data.sketch import KEPT, PERMUTATIONS, bands_for, collect, jaccard, pairs_in_buckets, similar, sketch
-from graft.data.text import normalise, shingle_sets, shingles, tokenise, windows
+from graft.data.alike.dedup import conversation_text, exact_key, near_groups
+from graft.data.alike.sketch import KEPT, PERMUTATIONS, bands_for, collect, jaccard, pairs_in_buckets, similar, sketch
+from graft.data.alike.text import normalise, shingle_sets, shingles, tokenise, windows
 from graft.types import Conversation, Message, Origin
 
 SPOKEN = st.text(alphabet="aAbﬁ éΣßＡ1٣+€,.-'_\n\u3000\u0301\ufe0f你好世界。😀", max_size=40)

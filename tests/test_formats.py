@@ -6,8 +6,8 @@ from typing import get_args
 import pytest
 
 from graft.config.data import Format as FormatName
-from graft.data.formats import FORMATS, check_asked, detect, to_conversation
-from graft.data.turns import split_think
+from graft.data.layout.formats import FORMATS, check_asked, detect, to_conversation
+from graft.data.layout.turns import split_think
 from graft.errors import InputError
 from graft.types import Conversation, Message, Origin, Reject
 

@@ -16,9 +16,9 @@ import zstandard
 
 from graft.cli.main import main
 from graft.config.data import Source
-from graft.data.columns import infer_columns, rename
+from graft.data.layout.columns import infer_columns, rename
 from graft.data.load import load_sources, stream_sources
-from graft.data.read import open_address, read_rows
+from graft.data.reading.read import open_address, read_rows
 from graft.data.tally import MAX_KINDS, Tally
 from graft.data.write import SUFFIXES, encode_line, write_conversations
 from graft.errors import ConfigError, GraftError, InputError

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from graft.data.calls import has_tagged_calls
-from graft.data.formats import FORMATS, detect, to_conversation
+from graft.data.layout.calls import has_tagged_calls
+from graft.data.layout.formats import FORMATS, detect, to_conversation
 from graft.types import Conversation, Message, Origin, Reject
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft.config.data import Source
-from graft.data.formats import FORMATS, RESERVED, detect, to_conversation
+from graft.data.layout.formats import FORMATS, RESERVED, detect, to_conversation
 from graft.data.load import load_sources, refuse_if_too_many, write_rejects
 from graft.data.write import as_row, write_conversations
 from graft.errors import DataRefused, GraftError, InputError

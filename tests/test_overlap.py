@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from planted import LANGUAGES, reference_jaccard, reference_tokens, talk
 
-from graft.data.overlap import COMMON, GRAM, Evaluation
-from graft.data.questions import stream_questions
+from graft.data.alike.overlap import COMMON, GRAM, Evaluation
+from graft.data.alike.questions import stream_questions
+from graft.data.alike.text import tokenise
 from graft.data.tally import Tally
-from graft.data.text import tokenise
 from graft.types import Conversation, Message, Origin, Reject
 
 

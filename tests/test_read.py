@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graft.data.read import READERS, read_rows
+from graft.data.reading.read import READERS, read_rows
 from graft.errors import InputError
 from graft.types import Origin, Reject
 

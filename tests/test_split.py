@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from graft.cli.data.app import app
 from graft.config.data import Source
 from graft.data.load import load_sources
-from graft.data.split import bucket, normalise, part_of, split, split_text
+from graft.data.splitting.split import bucket, normalise, part_of, split, split_text
 from graft.errors import ConfigError, DataRefused, InputError
 from graft.types import Conversation, Message, Origin
 

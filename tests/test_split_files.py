@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from graft.cli.data.app import app
 from graft.config.data import Source
-from graft.data.divide import PARTS, TEST, TRAIN, VAL, divide
 from graft.data.load import load_sources
-from graft.data.split import part_of, split_text
+from graft.data.splitting.divide import PARTS, TEST, TRAIN, VAL, divide
+from graft.data.splitting.split import part_of, split_text
 from graft.errors import ConfigError, DataRefused, InputError
 
 ENGLISH, CHINESE = LANGUAGES["english"], LANGUAGES["chinese"]
@@ -63,7 +63,7 @@ def heap() -> list[dict]:
 
 
 def prompts(part: list[dict]) -> set[str]:
-    from graft.data.text import normalise
+    from graft.data.alike.text import normalise
 
     return {normalise(row["messages"][0]["content"]) for row in part}
 

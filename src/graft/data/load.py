@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from graft.config.data import Source
-from graft.data.choose import Choice, choose
-from graft.data.formats import to_conversation, unused_message_keys
-from graft.data.read import Part, open_address
+from graft.data.layout.choose import Choice, choose
+from graft.data.layout.formats import to_conversation, unused_message_keys
+from graft.data.reading.read import Part, open_address
 from graft.data.tally import PartTally, Tally
 from graft.data.write import line_writer, write_lines
 from graft.errors import InputError

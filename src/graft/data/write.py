@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from graft.data.calls import has_tagged_calls
-from graft.data.formats import RESERVED
-from graft.data.read_arrow import JSON_COLUMNS
-from graft.data.turns import split_think
+from graft.data.layout.calls import has_tagged_calls
+from graft.data.layout.formats import RESERVED
+from graft.data.layout.turns import split_think
+from graft.data.reading.columnar import JSON_COLUMNS
 from graft.errors import InputError
 from graft.runs import atomic_file
 from graft.types import Conversation, Message

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from graft.config.train import Encode
-from graft.data.histogram import Spread, spread
+from graft.data.describing.histogram import Spread, spread
 from graft.data.tally import Tally
 from graft.tokens.encode import encode_each
 from graft.tokens.plan import Plan

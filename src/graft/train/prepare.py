@@ -11,7 +11,7 @@ from graft.config.data import Source
 from graft.config.train import Train
 from graft.console import note, warn
 from graft.data.load import Loaded, load_sources, refuse_if_too_many, write_rejects
-from graft.data.split import Parts, split
+from graft.data.splitting.split import Parts, split
 from graft.data.write import write_conversations
 from graft.errors import InputError
 from graft.model.load import vocabulary_size

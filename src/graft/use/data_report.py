@@ -18,12 +18,12 @@ import numpy as np
 from graft import console
 from graft.config.data import Source
 from graft.config.train import Encode
+from graft.data.alike.dedup import NEAR, conversation_text, near_groups
 from graft.data.clean.language import UNKNOWN, detect_language
-from graft.data.dedup import NEAR, conversation_text, near_groups
-from graft.data.describe import Describer, Description, common_terms, first_prompt
+from graft.data.describing.describe import Describer, Description, common_terms, first_prompt
+from graft.data.describing.sample import Reservoir
+from graft.data.describing.strange import OUTLIER, SAME_REASON, Shown, Strange, Watch, shown
 from graft.data.load import stream_sources
-from graft.data.sample import Reservoir
-from graft.data.strange import OUTLIER, SAME_REASON, Shown, Strange, Watch, shown
 from graft.data.tally import Tally
 from graft.data.visible import escape_hidden, shorten
 from graft.data.write import stem_of

@@ -19,7 +19,7 @@ from graft.config.data import Source
 from graft.config.train import Encode, Sampling
 from graft.console import note, warn
 from graft.data.load import load_sources
-from graft.data.split import split, split_text
+from graft.data.splitting.split import split, split_text
 from graft.errors import InputError
 from graft.tokens.encode import encode_all
 from graft.tokens.load import load_renderer

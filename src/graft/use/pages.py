@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from graft.data.histogram import Spread
+from graft.data.describing.histogram import Spread
 from graft.data.visible import escape_hidden, shorten
 
 CHART_WIDTH = 640

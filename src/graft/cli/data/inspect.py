@@ -262,7 +262,7 @@ def _step(settings: Train, renderer: Renderer, number: int) -> tuple[Step, str]:
         ConfigError: one epoch has fewer steps.
     """
     from graft.data.load import load_sources
-    from graft.data.split import split
+    from graft.data.splitting.split import split
     from graft.errors import ConfigError, InputError
     from graft.tokens.forest import step_trees
     from graft.tokens.plan import Plan

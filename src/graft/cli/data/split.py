@@ -11,7 +11,7 @@ import typer
 from graft.cli.data.shared import AsJson, Files, FormatName, MaxRejected, keep_sources, sources_of
 
 if TYPE_CHECKING:
-    from graft.data.division import Outcome
+    from graft.data.splitting.division import Outcome
 
 _SHOWN_VALUES = 12
 
@@ -64,8 +64,8 @@ def split_data(
 ) -> None:
     """Divide data into train, val and test, keep near-duplicates together, and drop what evaluation files hold."""
     from graft import console
-    from graft.data.division import Wanted
-    from graft.data.partition import split_files
+    from graft.data.splitting.division import Wanted
+    from graft.data.splitting.partition import split_files
     from graft.errors import ConfigError
     from graft.runs import make_writable
 

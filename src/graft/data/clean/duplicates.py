@@ -10,11 +10,11 @@ from array import array
 from collections.abc import Iterator
 
 from graft.config.clean import Near
+from graft.data.alike.dedup import conversation_text, exact_key, near_groups
+from graft.data.alike.text import digest
 from graft.data.clean.report import Dropped, StepReport
 from graft.data.clean.spool import Spool
 from graft.data.clean.step import Drop
-from graft.data.dedup import conversation_text, exact_key, near_groups
-from graft.data.text import digest
 from graft.types import Conversation, Origin
 
 

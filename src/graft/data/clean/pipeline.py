@@ -28,9 +28,9 @@ from graft.data.clean.rules import apply_rules, check_rules
 from graft.data.clean.spool import Spool
 from graft.data.clean.step import Drop, Notes, Result
 from graft.data.clean.tongue import check_languages, filter_language
-from graft.data.order import check_turns
+from graft.data.layout.order import check_turns
+from graft.data.layout.turns import Turn
 from graft.data.parallel import map_batches
-from graft.data.turns import Turn
 from graft.data.values import UnfitError
 from graft.errors import ConfigError
 from graft.types import Conversation, Reject

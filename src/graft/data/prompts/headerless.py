@@ -1,6 +1,6 @@
 """Tables without a header line, whose columns the user names.
 
-Speaks of cells and rows, as `graft.data.read_tables` does for tables that name their own columns.
+Speaks of cells and rows, as `graft.data.reading.tables` does for tables that name their own columns.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from graft.data.rows import File, Raw, make_row, reject_row
+from graft.data.reading.rows import File, Raw, make_row, reject_row
 from graft.errors import InputError
 
 

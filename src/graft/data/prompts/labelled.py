@@ -22,9 +22,9 @@ from graft.data.prompts.headerless import read_headerless
 from graft.data.prompts.labels import label_key
 from graft.data.prompts.languages import NAMES, language_name
 from graft.data.prompts.tasks import LABEL, Role, Task
-from graft.data.read import open_address
-from graft.data.rows import Raw, file_of
-from graft.data.split import Part, part_of
+from graft.data.reading.read import open_address
+from graft.data.reading.rows import Raw, file_of
+from graft.data.splitting.split import Part, part_of
 from graft.data.values import UnfitError, kind
 from graft.errors import InputError
 from graft.types import Conversation, Message, Origin, Reject

@@ -21,7 +21,7 @@ from graft.data.prompts.labels import Labels
 from graft.data.prompts.shots import Pool
 from graft.data.prompts.tasks import LABEL, Task
 from graft.data.prompts.template import Rendered, Template
-from graft.data.split import Part
+from graft.data.splitting.split import Part
 from graft.data.tally import Tally
 from graft.types import Conversation, Message, Reject
 

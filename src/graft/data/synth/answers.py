@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from graft.config.synth import Synth
 from graft.data.clean.refusal import find_boilerplate
+from graft.data.layout.turns import split_think
 from graft.data.synth.ask import Desk
 from graft.data.synth.client import Reply, Request
 from graft.data.synth.novelty import banned_words, excerpt, other_language, words
 from graft.data.synth.questions import Question, Refused, refused_by_endpoint
 from graft.data.synth.wording import Wording
-from graft.data.turns import split_think
 from graft.types import Conversation, Message, Origin, Reject
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graft.config.synth import Documents
-from graft.data.text import normalise
+from graft.data.alike.text import normalise
 from graft.errors import InputError
 from graft.types import Reject
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Sequence
 
 from graft.config.synth import Filter
+from graft.data.alike.text import normalise
 from graft.data.clean.language import UNKNOWN, detect_language
-from graft.data.text import normalise
 
 SURE = 0.5
 """Least confidence at which another language counts: short questions leave doubts, and doubts are no reason."""

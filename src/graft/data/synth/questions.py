@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from graft.config.synth import Synth
+from graft.data.layout.turns import split_think
 from graft.data.synth.ask import Desk, Stopped
 from graft.data.synth.client import Reply, Request
 from graft.data.synth.documents import Chunk
@@ -25,7 +26,6 @@ from graft.data.synth.novelty import Novelty
 from graft.data.synth.parse import parse_questions
 from graft.data.synth.seeds import Seed
 from graft.data.synth.wording import Wording
-from graft.data.turns import split_think
 from graft.types import Reject
 
 

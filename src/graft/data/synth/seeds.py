@@ -13,7 +13,7 @@ from typing import Any
 
 from graft.config.data import Source
 from graft.data.load import load_sources
-from graft.data.read import read_rows
+from graft.data.reading.read import read_rows
 from graft.errors import InputError
 from graft.types import Conversation, Origin, Reject
 

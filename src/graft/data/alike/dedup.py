@@ -11,9 +11,9 @@ from functools import partial
 
 import numpy as np
 
+from graft.data.alike.sketch import Index, Sketches, bands_for, collect, pairs_in_buckets, similar, sketch
+from graft.data.alike.text import digest, normalise
 from graft.data.parallel import map_batches
-from graft.data.sketch import Index, Sketches, bands_for, collect, pairs_in_buckets, similar, sketch
-from graft.data.text import digest, normalise
 from graft.types import Conversation
 
 NEAR = 0.8

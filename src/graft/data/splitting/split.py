@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from graft.data.text import normalise
+from graft.data.alike.text import normalise
 from graft.types import Conversation
 
 Part = Literal["train", "val", "test"]

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from graft.data.rows import File, Raw, make_row, reject_row
+from graft.data.reading.rows import File, Raw, make_row, reject_row
 from graft.errors import InputError, first_line
 from graft.types import Origin
 

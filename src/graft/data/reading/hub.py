@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.config.base import did_you_mean
-from graft.data.rows import Raw, make_row, reject_row
+from graft.data.reading.rows import Raw, make_row, reject_row
 from graft.errors import InputError, first_line
 from graft.types import Origin
 

@@ -22,16 +22,16 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from graft.config.data import Source
-from graft.data.dedup import SKETCHED_AT_ONCE
-from graft.data.divide import PARTS, TRAIN, Codes, divide
-from graft.data.division import Outcome, Wanted, describe, notes_on, refuse_nothing, said_of_groups
-from graft.data.formats import FORMATS, to_conversation
-from graft.data.grouping import Grouping, sketch_pairs
+from graft.data.alike.dedup import SKETCHED_AT_ONCE
+from graft.data.alike.overlap import Evaluation, Overlap
+from graft.data.alike.questions import stream_questions
+from graft.data.layout.formats import FORMATS, to_conversation
 from graft.data.load import stream_sources
-from graft.data.overlap import Evaluation, Overlap
 from graft.data.parallel import map_batches
-from graft.data.questions import stream_questions
-from graft.data.strata import Columns
+from graft.data.splitting.divide import PARTS, TRAIN, Codes, divide
+from graft.data.splitting.division import Outcome, Wanted, describe, notes_on, refuse_nothing, said_of_groups
+from graft.data.splitting.grouping import Grouping, sketch_pairs
+from graft.data.splitting.strata import Columns
 from graft.data.tally import Tally
 from graft.data.write import as_row, encode_line, line_writer
 from graft.errors import InputError

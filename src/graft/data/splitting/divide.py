@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from graft.data.sketch import Index
+from graft.data.alike.sketch import Index
 
 PARTS = ("train", "val", "test")
 TRAIN, VAL, TEST = range(3)

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from graft.data.dedup import NEAR
-from graft.data.divide import PARTS, TRAIN, Codes
-from graft.data.grouping import Grouped, Grouping
-from graft.data.strata import Columns, Strata, missing_column
+from graft.data.alike.dedup import NEAR
+from graft.data.splitting.divide import PARTS, TRAIN, Codes
+from graft.data.splitting.grouping import Grouped, Grouping
+from graft.data.splitting.strata import Columns, Strata, missing_column
 from graft.data.tally import Tally
 from graft.errors import ConfigError, DataRefused, InputError
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from graft.data.turns import Turn
+from graft.data.layout.turns import Turn
 from graft.data.values import UnfitError
 
 

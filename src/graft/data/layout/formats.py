@@ -12,14 +12,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from graft.data import layouts
-from graft.data.calls import read_tools
-from graft.data.columns import SIDE_ALIASES
-from graft.data.layouts import CHOSEN, CONVERSATIONS, REJECTED, Columns, Draft
-from graft.data.order import check_turns, without_empty_answer
-from graft.data.read_tables import NAMELESS
-from graft.data.rows import PACKED
-from graft.data.turns import MESSAGE_KEYS, Turn, content_text, system
+from graft.data.layout import layouts
+from graft.data.layout.calls import read_tools
+from graft.data.layout.columns import SIDE_ALIASES
+from graft.data.layout.layouts import CHOSEN, CONVERSATIONS, REJECTED, Columns, Draft
+from graft.data.layout.order import check_turns, without_empty_answer
+from graft.data.layout.turns import MESSAGE_KEYS, Turn, content_text, system
+from graft.data.reading.rows import PACKED
+from graft.data.reading.tables import NAMELESS
 from graft.data.values import UnfitError
 from graft.errors import InputError
 from graft.types import Conversation, Origin, Reject

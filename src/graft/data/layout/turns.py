@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
-from graft.data.calls import calls_in_text, read_call, split_tagged_calls
+from graft.data.layout.calls import calls_in_text, read_call, split_tagged_calls
 from graft.data.values import UnfitError, kind, list_of, text_of
 from graft.types import Message, Role
 

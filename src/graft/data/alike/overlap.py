@@ -15,9 +15,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from graft.data.dedup import NEAR, SKETCHED_AT_ONCE, conversation_text
-from graft.data.sketch import Index, bands_for, candidates, collect, similar, sketch
-from graft.data.text import Hashes, digest, normalise, tokenise, windows
+from graft.data.alike.dedup import NEAR, SKETCHED_AT_ONCE, conversation_text
+from graft.data.alike.sketch import Index, bands_for, candidates, collect, similar, sketch
+from graft.data.alike.text import Hashes, digest, normalise, tokenise, windows
 from graft.types import Conversation, Origin
 
 Kind = Literal["exact", "near", "13-gram"]

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from graft.config.data import Source
-from graft.data.choose import Choice, choose
-from graft.data.formats import to_conversation
-from graft.data.read import Part, open_address
+from graft.data.layout.choose import Choice, choose
+from graft.data.layout.formats import to_conversation
+from graft.data.reading.read import Part, open_address
 from graft.data.tally import Tally
 from graft.errors import InputError
 from graft.types import Conversation, Message, Origin, Reject

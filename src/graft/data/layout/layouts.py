@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graft.data.turns import Turn, assistant, read_turns, user
+from graft.data.layout.turns import Turn, assistant, read_turns, user
 from graft.data.values import UnfitError, list_of, text_of
 
 Columns = Mapping[str, Any]

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from math import log
 from typing import Any
 
-from graft.data.dedup import exact_key
-from graft.data.histogram import Spread, spread
+from graft.data.alike.dedup import exact_key
+from graft.data.describing.histogram import Spread, spread
 from graft.types import ROLES, Conversation
 
 MOST_VALUES = 50

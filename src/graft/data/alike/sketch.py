@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from graft.data.text import Hashes, Offsets, shingle_sets
+from graft.data.alike.text import Hashes, Offsets, shingle_sets
 
 Index = npt.NDArray[np.int64]
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from graft.config.base import did_you_mean
 from graft.config.data import Source
-from graft.data.columns import infer_columns, rename, said, side_columns
-from graft.data.formats import FORMATS, Format, check_asked, detect
-from graft.data.rows import Raw, file_of
+from graft.data.layout.columns import infer_columns, rename, said, side_columns
+from graft.data.layout.formats import FORMATS, Format, check_asked, detect
+from graft.data.reading.rows import Raw, file_of
 from graft.errors import InputError
 from graft.types import Reject
 

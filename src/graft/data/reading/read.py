@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from graft.data import read_hub
-from graft.data.folder import choose_files
-from graft.data.read_arrow import read_arrow, read_parquet, saved_files, saved_parts
-from graft.data.read_json import read_json, read_jsonl, read_text
-from graft.data.read_tables import read_csv, read_tsv, read_xlsx
-from graft.data.rows import PACKED, File, Raw, file_of
+from graft.data.reading import hub
+from graft.data.reading.columnar import read_arrow, read_parquet, saved_files, saved_parts
+from graft.data.reading.folder import choose_files
+from graft.data.reading.json_files import read_json, read_jsonl, read_text
+from graft.data.reading.rows import PACKED, File, Raw, file_of
+from graft.data.reading.tables import read_csv, read_tsv, read_xlsx
 from graft.errors import InputError
 
 READERS: dict[str, Callable[[File], Iterator[Raw]]] = {
@@ -75,9 +75,9 @@ def open_address(address: str) -> Opened:
     Raises:
         InputError: nothing is there, it has no known suffix, or a sheet or split must be named.
     """
-    if address.startswith(read_hub.PREFIX):
-        wanted = read_hub.parse_address(address)
-        return Opened([Part(address, (address,), lambda: _not_empty(address, read_hub.read_hub(wanted)))], [])
+    if address.startswith(hub.PREFIX):
+        wanted = hub.parse_address(address)
+        return Opened([Part(address, (address,), lambda: _not_empty(address, hub.read_hub(wanted)))], [])
     path, part = Path(address), ""
     try:
         if not path.exists() and "#" in address:  # a file may have `#` in its name

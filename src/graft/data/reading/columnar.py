@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from graft.data.rows import File, Raw, make_row, reject_row
+from graft.data.reading.rows import File, Raw, make_row, reject_row
 from graft.data.values import parse_json
 from graft.errors import InputError, first_line
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from graft.data.rows import BOM, File, Raw, make_row, reject_row
+from graft.data.reading.rows import BOM, File, Raw, make_row, reject_row
 from graft.data.values import MAX_DEPTH, kind, parse_json
 from graft.errors import InputError
 from graft.types import Origin

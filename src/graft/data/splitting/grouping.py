@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from graft.data.dedup import Groups, conversation_text, group_sketches
-from graft.data.sketch import Collector, Index, Sketches, bands_for, sketch
-from graft.data.split import hash64, split_text, unit
-from graft.data.strata import value_of
+from graft.data.alike.dedup import Groups, conversation_text, group_sketches
+from graft.data.alike.sketch import Collector, Index, Sketches, bands_for, sketch
+from graft.data.splitting.split import hash64, split_text, unit
+from graft.data.splitting.strata import value_of
 from graft.types import Conversation
 
 
