@@ -21,6 +21,8 @@ from graft.model.trees import LogitShape, TreeLM, shape_logits
 
 CHUNK_ELEMENTS = 2**24
 """Largest logits chunk, in elements: 64 MiB in fp32."""
+CACHED_ROWS = 160
+"""Predictors of a chunk on the CPU where the head is frozen: seven passes over the logits then stay in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,8 @@ class _LinearNLL(torch.autograd.Function):
         )
         correct = torch.zeros((), dtype=torch.float32, device=hidden.device)
         chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        if hidden.device.type == "cpu" and grad_weight is None:  # its gradient would be passed over for each chunk
+            chunk = min(chunk, CACHED_ROWS)
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             h, y, w = hidden[part].to(dtype), labels[part], weights[part]
