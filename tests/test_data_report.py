@@ -22,7 +22,6 @@ from graft.data.describing.histogram import spread
 from graft.data.describing.sample import Reservoir
 from graft.data.describing.strange import MEASURES, Watch
 from graft.data.load import load_sources
-from graft.data.visible import escape_hidden
 from graft.errors import GraftError
 from graft.tokens.encode import encode_all
 from graft.tokens.plan import Plan
@@ -30,6 +29,7 @@ from graft.tokens.statistics import nodes_of, token_statistics
 from graft.tokens.tree import SHORTEST_RUN, build_rows
 from graft.types import Conversation, Message, Origin
 from graft.use.data_report import Asked, as_json, as_page, data_report
+from graft.visible import escape_hidden
 
 EVIL = "<script>alert('x')</script>\"><img src=x onerror=alert(1)> {{ 7*7 }} \u202egnp.exe\u202c \x1b[31m"
 

@@ -454,7 +454,7 @@ def test_what_a_file_says_cannot_command_the_terminal(graft, tmp_path):
     path = lines(tmp_path / "a.jsonl", [{"\x1b[31mred\u202e": "x", "y": "z"}])
     code, _, err = graft("data", "import", path, "--out", tmp_path / "o.jsonl")
     assert code == 2
-    assert "\\u001b[31mred\\u202e" in err
+    assert "␛[31mred⟨U+202E⟩" in err
     assert "\x1b[31m" not in err
     assert "\u202e" not in err
 

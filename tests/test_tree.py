@@ -177,3 +177,18 @@ def test_max_steps_and_parts_of_epochs():
 def test_a_distant_step_is_found_without_walking():
     plan = Plan((1.0,) * 1000, 10, 1_000_000, 0)
     assert len(plan.step(90_000_000)) == 10
+
+
+@pytest.mark.parametrize(("count", "size"), [(33, 16), (7, 3), (5, 8), (1000, 7)])
+def test_steps_in_any_order_are_the_epoch_cut_in_equal_parts(count, size):
+    def plan():
+        return Plan((1.0,) * (count - 1) + (2.5,), size, 3.0, 5)
+
+    steps = plan().total_steps
+    forward = [plan().step(number).tolist() for number in range(steps)]
+    walked = plan()
+    assert [walked.step(number).tolist() for number in reversed(range(steps))] == forward[::-1]
+    per_epoch = steps // 3
+    for epoch in range(3):
+        parts = np.array_split(plan().epoch_order(epoch), per_epoch)
+        assert forward[epoch * per_epoch : (epoch + 1) * per_epoch] == [part.tolist() for part in parts]

@@ -5,7 +5,6 @@ Nothing here knows what is being said. Colour and bars are left out where stderr
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
@@ -23,6 +22,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from graft.visible import escape_hidden
+
 T = TypeVar("T")
 
 
@@ -37,22 +38,15 @@ out = Console(highlight=False, soft_wrap=True)
 
 _warned: set[str] = set()
 
-_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
-
-
-def plain(text: str) -> str:
-    """The text with what would command the terminal or turn its letters round made visible: it may come from a file."""
-    return _COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-
 
 def note(text: str) -> None:
     """One line about what is being done or was decided."""
-    err.print(f"[dim]·[/dim] {escape(plain(text))}")
+    err.print(f"[dim]·[/dim] {escape(escape_hidden(text))}")
 
 
 def warn(text: str) -> None:
     """Something the user should know but need not stop for."""
-    err.print(f"[yellow]! {escape(plain(text))}[/yellow]")
+    err.print(f"[yellow]! {escape(escape_hidden(text))}[/yellow]")
 
 
 def warn_once(text: str) -> None:
@@ -64,7 +58,7 @@ def warn_once(text: str) -> None:
 
 def fail(text: str) -> None:
     """Why the command ends without having done its work."""
-    err.print(f"[bold red]error:[/bold red] {escape(plain(text))}")
+    err.print(f"[bold red]error:[/bold red] {escape(escape_hidden(text))}")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], to_stdout: bool = False) -> None:
@@ -75,7 +69,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], to_
     for index, column in enumerate(columns):
         view.add_column(escape(column), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        view.add_row(*(escape(plain(cell)) for cell in row))
+        view.add_row(*(escape(escape_hidden(cell)) for cell in row))
     (out if to_stdout else err).print(view)
 
 

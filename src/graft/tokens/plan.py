@@ -6,6 +6,7 @@ and step 1,000,000 is found without walking through the steps before it.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """Steps over `len(repeats)` conversations.
 
@@ -38,6 +39,7 @@ class Plan:
         order = np.repeat(np.arange(len(repeats)), times.astype(np.int64))
         return np.random.default_rng([self.seed, 2, epoch]).permutation(order)
 
+    @functools.cached_property
     def _per_epoch(self) -> int:
         """Steps of one epoch; the same for all, from the mean number of conversations."""
         return max(1, math.ceil(sum(self.repeats) / self.batch_size - 1e-9))
@@ -45,15 +47,28 @@ class Plan:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run, at least 1."""
-        wanted = max(1, round(self._per_epoch() * self.epochs))
+        wanted = max(1, round(self._per_epoch * self.epochs))
         return wanted if self.max_steps is None else min(wanted, self.max_steps)
 
     def step(self, number: int) -> npt.NDArray[np.int64]:
         """Indices of the conversations of step `number` (0-based); one that repeats in a step stands there twice."""
-        epoch, index = divmod(number, self._per_epoch())
-        parts = np.array_split(self.epoch_order(epoch), self._per_epoch())
-        return np.asarray(parts[index], dtype=np.int64)
+        epoch, index = divmod(number, self._per_epoch)
+        order = self._order(epoch)
+        size, longer = divmod(len(order), self._per_epoch)  # the first `longer` steps have one conversation more
+        start = index * size + min(index, longer)
+        return order[start : start + size + (index < longer)].copy()
+
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """`epoch_order`, remembered for the epoch at hand: shuffling a million takes longer than a small step."""
+        if epoch not in self._orders:
+            self._orders.clear()
+            self._orders[epoch] = self.epoch_order(epoch)
+        return self._orders[epoch]
+
+    @functools.cached_property
+    def _orders(self) -> dict[int, npt.NDArray[np.int64]]:
+        return {}
 
     def epoch_at(self, number: int) -> float:
         """Epochs completed before step `number`."""
-        return number / self._per_epoch()
+        return number / self._per_epoch

@@ -15,10 +15,10 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from graft.config.train import Encode
-from graft.data.visible import escape_hidden
 from graft.tokens.encode import encode
 from graft.tokens.renderer import Renderer, TemplateRefused
 from graft.types import Conversation, Example, Reject
+from graft.visible import escape_hidden
 
 STYLES = {
     "context": "dim",

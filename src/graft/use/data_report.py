@@ -25,13 +25,13 @@ from graft.data.describing.sample import Reservoir
 from graft.data.describing.strange import OUTLIER, SAME_REASON, Shown, Strange, Watch, shown
 from graft.data.load import stream_sources
 from graft.data.tally import Tally
-from graft.data.visible import escape_hidden, shorten
 from graft.data.write import stem_of
 from graft.tokens.renderer import Renderer
 from graft.tokens.statistics import TokenStatistics, token_statistics
 from graft.types import Conversation, Reject
 from graft.use.pages import environment
 from graft.version import __version__
+from graft.visible import escape_hidden, shorten
 
 SAMPLES = 10
 LEAST_CONFIDENT = 60

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from graft.data.describing.histogram import Spread
-from graft.data.visible import escape_hidden, shorten
+from graft.visible import escape_hidden, shorten
 
 CHART_WIDTH = 640
 CHART_HEIGHT = 132

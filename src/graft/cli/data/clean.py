@@ -202,7 +202,7 @@ def _write_report(path: Path, result: dict[str, Any]) -> None:
 def _show(report: Report, tally: Tally, out: Path, rejects: Path, report_path: Path) -> None:
     """The table of the steps, with the commonest reason or finding of each."""
     from graft import console
-    from graft.data.visible import escape_hidden
+    from graft.visible import escape_hidden
 
     for decision in tally.decisions:
         console.note(escape_hidden(decision))

@@ -149,8 +149,8 @@ class _Chosen:
 
 def _show(chosen: _Chosen, renderer: Renderer) -> None:
     from graft import console
-    from graft.data.visible import escape_hidden
     from graft.tokens import show
+    from graft.visible import escape_hidden
 
     for said in renderer.notes:
         console.note(escape_hidden(said))
@@ -163,7 +163,7 @@ def _show(chosen: _Chosen, renderer: Renderer) -> None:
 
 def _say_what_was_read(chosen: _Chosen, notes: Counter[str]) -> None:
     from graft import console
-    from graft.data.visible import escape_hidden
+    from graft.visible import escape_hidden
 
     tally = chosen.tally
     for decision in tally.decisions:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from graft.cli.data.shared import AsJson, MaxRejected, keep_sources
+from graft.visible import escape_hidden
 
 if TYPE_CHECKING:
     from graft.config.prompts import Prompts
@@ -201,9 +202,9 @@ def _report(maker: Maker, tally: Tally, listed: Path, written: dict[str, int], a
     if counts.labels:
         common = counts.labels.most_common(20)
         console.table("labels", ("label", "rows"), [(name, str(count)) for name, count in common])
-    typer.echo(console.plain(f"{tally.read} rows read, {tally.kept} kept, {tally.rejected} rejected (see {listed})"))
+    typer.echo(escape_hidden(f"{tally.read} rows read, {tally.kept} kept, {tally.rejected} rejected (see {listed})"))
     for path, count in written.items():
-        typer.echo(console.plain(f"{path}: {count} conversations"))
+        typer.echo(escape_hidden(f"{path}: {count} conversations"))
 
 
 def _list(task: str | None, files: list[str], as_json: bool) -> None:
@@ -248,7 +249,6 @@ def _role(role: Any) -> str:
 
 def _show(name: str, files: list[str], as_json: bool) -> None:
     """A template, its source and what it makes of its file's sample row."""
-    from graft import console
     from graft.data.prompts.library import find, library, read_templates, render_sample
     from graft.data.prompts.promptsource import SourceTemplate
 
@@ -267,4 +267,4 @@ def _show(name: str, files: list[str], as_json: bool) -> None:
             parts.append(f"\nanswer choices: {template.choices.source}")
     if rendered is not None:
         parts.append(f"--- prompt\n{rendered.prompt}\n--- answer\n{rendered.target}")
-    typer.echo(console.plain("\n".join(parts)))
+    typer.echo(escape_hidden("\n".join(parts)))

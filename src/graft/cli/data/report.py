@@ -47,12 +47,12 @@ def report_data(
     from graft.cli.data.shared import keep_sources, sources_of
     from graft.config.train import load_train
     from graft.console import note, warn
-    from graft.data.visible import escape_hidden
     from graft.errors import InputError
     from graft.runs import write_atomic
     from graft.tokens.load import load_renderer
     from graft.use.data_report import Asked, as_page, data_report, summary
     from graft.use.data_report import as_json as plain
+    from graft.visible import escape_hidden
 
     page = out or (None if as_json else Path("report.html"))
     keep_sources(files, [page] if page else [])

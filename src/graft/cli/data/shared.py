@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from graft.visible import escape_hidden
+
 if TYPE_CHECKING:
     from graft.config.data import Source
     from graft.data.tally import Tally
@@ -96,6 +98,6 @@ def report(tally: Tally, rejects: Path, written: dict[str, int], notes: Sequence
     for count, reject in tally.commonest():
         place = f"first at {reject.file}:{reject.line}"
         console.warn(f"{count} rejected: {reject.field + ': ' if reject.field else ''}{reject.reason} ({place})")
-    typer.echo(console.plain(f"{tally.read} rows read, {tally.kept} kept, {tally.rejected} rejected (see {rejects})"))
+    typer.echo(escape_hidden(f"{tally.read} rows read, {tally.kept} kept, {tally.rejected} rejected (see {rejects})"))
     for path, count in written.items():
-        typer.echo(console.plain(f"{path}: {count} conversations"))
+        typer.echo(escape_hidden(f"{path}: {count} conversations"))
