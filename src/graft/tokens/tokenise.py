@@ -5,7 +5,8 @@ Speaks text and ids. Knows no messages, no templates and no targets.
 Rendered conversations repeat themselves: a prompt stands again in prompt + answer, and both again in the next turn's.
 So texts are cut in front of control tokens, and each distinct piece is tokenised once. That gives the ids of the whole,
 because the tokenizers library itself cuts a text at these tokens before it normalises or splits anything
-(`extract_and_normalize` in its added_vocabulary.rs), so that no rule and no merge ever looks across them. The conditions:
+(`extract_and_normalize` in its added_vocabulary.rs), so that no rule and no merge ever looks across them.
+The conditions:
 
 - The token is searched for in the text as it is (`normalized` is false).
 - It does not look at its neighbours, and no token before it looks at it: it eats no blank on its left (`lstrip`), is no
