@@ -18,10 +18,11 @@ from graft.model.generate import generate_batch
 from graft.runs import RunFolder
 from graft.tokens.encode import encode_all
 from graft.tokens.load import load_renderer
-from graft.use.evaluate import Options, evaluate
+from graft.types import Message
+from graft.use.evaluate import Options, column_of, evaluate
 from graft.use.metrics import Proportion
 from graft.use.open import resolve
-from graft.use.predict import questions_of
+from graft.use.predict import Answer, Question, questions_of
 from graft.use.report import write_report
 from graft.use.result import save_evaluation, table_rows, topic_rows
 
@@ -237,3 +238,21 @@ def test_empty_proportions_are_dashes():
 
     assert percent(Proportion(0, 0)) == "-"
     assert percent(Proportion(94, 100)) == "94.0 % (88–97)"
+
+
+def test_answers_to_questions_with_choices_are_scored_by_choice():
+    def answer(text, **meta):
+        question = Question("q", (Message("user", "?"),), (), "positive", None, meta)
+        return Answer(question, text, None, "stop", 1)
+
+    meta = {"choices": ["positive", "negative"], "label": "positive"}
+    answers = [
+        answer("Positive.", **meta),
+        answer("It is negative", **meta),
+        answer("A", **meta, form="letter"),
+        answer("positive"),
+    ]
+    column = column_of("base", "m", 0, answers, (None, None, None), Options())
+    assert column.chose_right == (True, False, True), "the last one offers no choices"
+    assert (column.right_choice.hits, column.right_choice.total) == (2, 3)
+    assert column.exact_match.hits == 1

@@ -19,6 +19,7 @@ from graft.config.data import Source
 from graft.config.train import Encode, Sampling
 from graft.console import note, warn
 from graft.data.load import load_sources
+from graft.data.prompts.score import score
 from graft.data.splitting.split import split, split_text
 from graft.errors import InputError
 from graft.tokens.encode import encode_all
@@ -123,31 +124,14 @@ class _Work:
             note(sampling_shown(self.sampling()))
         answers = answer_all(opened.model, renderer, self.questions, self.sampling(), label=f"{name} answers")
         loss, accuracy, tokens = _teacher_forced(opened, encoded.examples)
-        yield self._column(name, opened.path, 0, answers, (loss, accuracy, tokens))
+        yield column_of(name, opened.path, 0, answers, (loss, accuracy, tokens), self.options)
         if self.shots:
             count = self.options.shots
             shown = f"{name} {count}-shot"
             answers = answer_all(
                 opened.model, renderer, self.questions, self.sampling(), shots=self.shots, label=f"{shown} answers"
             )
-            yield self._column(shown, opened.path, count, answers, (None, None, None))
-
-    def _column(
-        self,
-        name: str,
-        path: str,
-        shots: int,
-        answers: Sequence[Answer],
-        forced: tuple[float | None, float | None, float | None],
-    ) -> Column:
-        right = [exact_match(answer.text, answer.question.target or "", self.options.ignore_case) for answer in answers]
-        column = self.options.by or "topic"
-        groups: dict[str, list[bool]] = {}
-        for answer, hit in zip(answers, right, strict=True):
-            if column in answer.question.meta:
-                groups.setdefault(str(answer.question.meta[column]), []).append(hit)
-        by = {key: proportion(groups[key]) for key in sorted(groups)}
-        return Column(name, path, shots, *forced, tuple(answers), tuple(right), by)
+            yield column_of(shown, opened.path, count, answers, (None, None, None), self.options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +147,27 @@ class _Opened:
     @property
     def model(self) -> Model:
         return self.loaded.model
+
+
+def column_of(
+    name: str,
+    path: str,
+    shots: int,
+    answers: Sequence[Answer],
+    forced: tuple[float | None, float | None, float | None],
+    options: Options,
+) -> Column:
+    """What the answers of one model come to; `forced` is (loss, token accuracy, target tokens)."""
+    right = [exact_match(answer.text, answer.question.target or "", options.ignore_case) for answer in answers]
+    column = options.by or "topic"
+    groups: dict[str, list[bool]] = {}
+    for answer, hit in zip(answers, right, strict=True):
+        if column in answer.question.meta:
+            groups.setdefault(str(answer.question.meta[column]), []).append(hit)
+    by = {key: proportion(groups[key]) for key in sorted(groups)}
+    scored = (score(answer.text, answer.question.meta) for answer in answers)
+    chose_right = tuple(hit for hit in scored if hit is not None)
+    return Column(name, path, shots, *forced, tuple(answers), tuple(right), chose_right, by)
 
 
 def _teacher_forced(opened: _Opened, examples: Sequence[Example]) -> tuple[float | None, float | None, float | None]:

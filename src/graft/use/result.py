@@ -31,11 +31,17 @@ class Column:
     answers: tuple[Answer, ...]
     right: tuple[bool, ...]
     """Per answer: exact match with the target."""
+    chose_right: tuple[bool, ...] = ()
+    """Per answer to a question with choices: whether it names the right one, however it says so."""
     by: Mapping[str, Proportion] = field(default_factory=dict)
 
     @property
     def exact_match(self) -> Proportion:
         return proportion(self.right)
+
+    @property
+    def right_choice(self) -> Proportion:
+        return proportion(self.chose_right)
 
     @property
     def stopped(self) -> Proportion:
@@ -101,6 +107,7 @@ def _column_json(column: Column) -> dict[str, Any]:
         "token_accuracy": _number(column.token_accuracy),
         "target_tokens": _number(column.target_tokens),
         "exact_match": _proportion_json(column.exact_match),
+        "right_choice": _proportion_json(column.right_choice),
         "stopped": _proportion_json(column.stopped),
         "by": {key: _proportion_json(value) for key, value in column.by.items()},
     }
@@ -136,8 +143,10 @@ def percent(value: Proportion) -> str:
 def table_rows(evaluation: Evaluation) -> list[list[str]]:
     """One row per number, one cell per column, for the terminal and the report."""
     columns = evaluation.columns
+    choices = [["right choice", *(percent(column.right_choice) for column in columns)]]
     return [
         ["exact match", *(percent(column.exact_match) for column in columns)],
+        *(choices if any(column.chose_right for column in columns) else ()),
         ["ended by a stop token", *(percent(column.stopped) for column in columns)],
         ["loss (teacher-forced)", *(_short(column.loss, "{:.4f}") for column in columns)],
         ["token accuracy (teacher-forced)", *(_short(column.token_accuracy, "{:.1f} %", 100) for column in columns)],
