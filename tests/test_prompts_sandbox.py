@@ -128,6 +128,26 @@ def test_nothing_grows_without_end(source):
         render(source)
 
 
+def test_a_list_that_grows_while_it_is_walked_is_ended_by_work_not_by_time(monkeypatch):
+    monkeypatch.setattr("graft.data.prompts.sandbox.MOST_SECONDS", 1e9)  # no machine's speed decides
+    with pytest.raises(TemplateFailure, match="elements to go through"):
+        render("{% set x = [1] %}{% for i in x %}{{ x.append(1) }}{% endfor %}")
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{{ 1e999 }}", "inf"),  # Jinja writes the number into Python as a name
+        ("{{ text | truncate(-5) }}", "expected length"),  # an assertion of Jinja's
+        ("{% for a in [1] %}" * 30 + "{% endfor %}" * 30, "nested too deeply"),
+        ("{{ " + "1" * 5000 + " }}", "4300"),
+    ],
+)
+def test_errors_of_all_kinds_are_failures_of_the_template(source, said):
+    with pytest.raises(TemplateFailure, match=said):
+        render(source)
+
+
 def test_a_long_document_is_no_bomb():
     document = "word " * 100_000
     assert render("{{ text | trim }}", text=document) == document.strip()
@@ -170,6 +190,8 @@ def test_failures_say_why(source, reason):
         "a: &x [1]\nb: [*x, *x]",
         "a: [1",
         "a: 2020-13-45",
+        "[" * 200_000,
+        "- " * 3000,
     ],
 )
 def test_only_plain_values_come_out_of_yaml(tmp_path, text):
@@ -199,6 +221,9 @@ def test_the_two_tags_are_mappings(tmp_path):
         ({"templates": [{"name": "a", "form": "wird", "prompt": "x", "target": "y"}]}, "did you mean `word`"),
         ({"templates": [{"name": "a", "promt": "x"}]}, "did you mean `prompt`"),
         ({"templates": [{"name": "a", "prompt": p, "target": "y"} for p in "xz"]}, "stands above already"),
+        ({"labels": 5}, "`labels` is a list"),
+        ({"sample": 7}, "`sample` is a row"),
+        ({"templates": [{"name": "a", "prompt": "x", "target": "y", "hidden": [1]}]}, "`hidden` is text"),
     ],
 )
 def test_mistakes_in_a_template_file_are_named(tmp_path, change, said):
@@ -209,3 +234,11 @@ def test_mistakes_in_a_template_file_are_named(tmp_path, change, said):
     path.write_text(yaml.safe_dump(good | change))
     with pytest.raises(InputError, match=said):
         read_templates(path)
+
+
+def test_metadata_of_promptsource_that_is_no_list_says_nothing(tmp_path):
+    path = tmp_path / "source.yaml"
+    item = {"name": "n", "jinja": "{{ text }} ||| y", "metadata": {"languages": {"a": 1}, "metrics": 3}}
+    path.write_text(yaml.safe_dump({"dataset": "d", "templates": {"1": item}}))
+    (template,) = read_templates(path)[0].templates
+    assert (template.name, template.lang, template.metrics) == ("d/n", "en", ())

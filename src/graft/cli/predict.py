@@ -66,7 +66,7 @@ def predict(
     from graft.use.open import resolve
     from graft.use.predict import answer_settings, predict_file, questions_of, sampling_shown
 
-    if out.resolve() in {Path(path).resolve() for path in data}:
+    if os.path.realpath(out) in map(os.path.realpath, data):
         raise InputError(f"{out}: is the data itself; choose another --out")
     target = resolve(model, base)
     sampling = load_sampling(

@@ -93,6 +93,8 @@ class Prompts(Settings):
             raise ValueError(f"val {self.val} + test {self.test} leave nothing to train on; make their sum less than 1")
         if self.labels and self.labels_from:
             raise ValueError("labels and labels_from both name the labels; give one of them")
+        if self.shots_from and not self.shots:
+            raise ValueError("shots_from says where examples come from, and shots is 0: give both or neither")
         if self.shots and not self.answers and not self.shots_from:
             raise ValueError("without answers there are no solved examples: leave shots out, or give shots_from")
         return self

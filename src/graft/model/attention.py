@@ -176,8 +176,9 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow, 
             if form not in tree.scores:
                 tree.scores[form] = added_to_scores(size, seen, shape, q, first)
             added = tree.scores[form]
-        done.append(attend(q, k, v, shape, causal, added)[:, :, -size:])
-    return torch.cat(done, dim=2)
+        done.append(attend(q, k, v, shape, causal, added)[:, :, -size:].transpose(1, 2))
+    # [1, N, H, D] in memory, which is how the kernel writes it and how the layer reads it: nothing is copied twice.
+    return torch.cat(done, dim=1).transpose(1, 2)
 
 
 def _joined(runs: Sequence[Tensor], path: Sequence[int]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,7 +84,7 @@ def _sort_out(arguments: Sequence[str]) -> tuple[list[str], Path | None, list[st
     for argument in arguments:
         if argument.endswith((".yaml", ".yml")):
             recipes.append(Path(argument))
-        elif "=" in argument and not Path(argument).exists():
+        elif "=" in argument and not os.path.exists(argument):  # Path.exists raises for a pattern of 300 letters
             overrides.append(argument)
         else:
             files.append(argument)

@@ -198,6 +198,13 @@ def _report(maker: Maker, tally: Tally, listed: Path, written: dict[str, int], a
         console.warn(f"{count} rejected: {field}{reject.reason} (first at {reject.file}:{reject.line})")
     for reason, count in counts.passed_over.most_common(5):
         console.note(f"{count} x passed over for another template: {reason}")
+    short = sum(count for number, count in counts.shots.items() if number < maker.settings.shots)
+    if short:
+        fewest = min(counts.shots)
+        console.warn(
+            f"{short} prompts have fewer than {maker.settings.shots} examples (the fewest: {fewest}): there are no "
+            f"more, or they are longer than --shot-chars {maker.settings.shot_chars} together"
+        )
     console.table("templates", ("template", "rows"), [(name, str(n)) for name, n in sorted(counts.templates.items())])
     if counts.labels:
         common = counts.labels.most_common(20)

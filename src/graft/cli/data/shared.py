@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,17 +39,27 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result to stdout
 
 
 def keep_sources(files: Sequence[str], written: Sequence[Path]) -> None:
-    """Refuse to overwrite a file that is to be read."""
+    """Refuse to overwrite a file that is to be read, and to write two files into one."""
     from graft.errors import InputError
 
-    sources = {Path(name).resolve() for file in files for name in (file, file.rpartition("#")[0]) if name}
+    sources = {_real(name) for file in files for name in (file, file.rpartition("#")[0]) if name}
+    places: set[Path] = set()
     for path in written:
-        if path.resolve() in sources:
+        place = _real(path)
+        if place in places:
+            raise InputError(f"{path}: two files would be written there; give each a name of its own")
+        places.add(place)
+        if place in sources:
             raise InputError(f"{path}: is one of the files to read and would be overwritten; choose another --out")
-        if folder := next((folder for folder in path.resolve().parents if folder in sources), None):
+        if folder := next((folder for folder in place.parents if folder in sources), None):
             raise InputError(
                 f"{path}: lies in {folder}, which is read; it would be read next time: choose another --out"
             )
+
+
+def _real(path: str | Path) -> Path:
+    """Where the path leads; `Path.resolve` would raise where links lead in a circle, and the reader says that better."""
+    return Path(os.path.realpath(path))
 
 
 def sources_of(files: Sequence[str], form: str, columns: str | None = None) -> list[Source]:

@@ -70,7 +70,7 @@ def split_data(
     from graft.runs import make_writable
 
     for name, wish in (("val", val), ("test", test)):
-        if wish >= 1 and wish != int(wish):
+        if wish >= 1 and not wish.is_integer():
             raise ConfigError(f"--{name} {wish:g}: a share is below 1, a count of rows is a whole number")
     if val < 1 and test < 1 and val + test >= 1:
         raise ConfigError(f"--val {val:g} + --test {test:g} leave nothing to train on; make their sum less than 1")

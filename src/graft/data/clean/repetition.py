@@ -14,7 +14,7 @@ _UNIT = re.compile(
     r"|[^\W_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff]+"
 )
 """A word, or a character of a script that writes no blanks between words."""
-_LAID_OUT = re.compile(r"```.*?(?:```|\Z)|^[ \t]*\|.*$|^[ \t]*[-=_*#+.|:~ \t]{3,}$", re.DOTALL | re.MULTILINE)
+_LAID_OUT = re.compile(r"```.*?(?:```|\Z)|^[ \t]*\|[^\n]*$|^[-=_*#+.|:~ \t]{3,}$", re.DOTALL | re.MULTILINE)
 """Code, tables and rules repeat themselves with good reason."""
 
 

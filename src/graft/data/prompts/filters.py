@@ -21,8 +21,10 @@ MOST_SIZE = 2_000_000
 """Characters and elements of any one value, and characters of the text that is rendered."""
 _ELEMENT = 8
 """What an element counts: lists are slower to weigh, and larger in memory, than text."""
+MOST_WEIGHED = 5_000_000
+"""Elements that one rendering may have weighed in all: a list that grows is weighed again each time it does."""
 MOST_SECONDS = 10.0
-"""A last resort, for what is slow within the other two bounds."""
+"""A last resort, for what is slow within the other bounds."""
 
 
 class TemplateFailure(Exception):
@@ -37,6 +39,12 @@ class Meter:
     draw: Draw
     ends: float
     steps: int = 0
+    weighed: int = 0
+
+    def weigh(self, elements: int) -> None:
+        self.weighed += elements
+        if self.weighed > MOST_WEIGHED:
+            raise TemplateFailure(f"more than {MOST_WEIGHED:,} elements to go through")
 
     def spend(self) -> None:
         self.steps += 1
@@ -53,9 +61,10 @@ def bounded(value: Any) -> Any:
     """The value itself, when all that it holds is no larger than MOST_SIZE; shared parts count every time."""
     if isinstance(value, str) and len(value) <= MOST_SIZE:
         return value
-    size, waiting = 0, [value]
+    size, seen, waiting = 0, 0, [value]
     while waiting:
         item = waiting.pop()
+        seen += 1
         size += len(item) if isinstance(item, str) else _ELEMENT
         if size > MOST_SIZE:
             raise TemplateFailure(f"a value of more than {MOST_SIZE:,} characters and elements")
@@ -65,6 +74,7 @@ def bounded(value: Any) -> Any:
             if size + _ELEMENT * len(item) > MOST_SIZE:
                 raise TemplateFailure(f"a value of more than {MOST_SIZE:,} characters and elements")
             waiting += item
+    METER.get().weigh(seen)
     return value
 
 

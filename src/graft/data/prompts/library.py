@@ -100,8 +100,12 @@ def _read_own(value: Any, path: Path) -> Collection:
         if template.name in templates:
             raise InputError(f"{path}: template {number}: the name {template.name} stands above already")
         templates[template.name] = template
-    labels = tuple(str(label) for label in value.get("labels") or ())
-    return Collection(str(path), task, lang, tuple(templates.values()), labels, value.get("sample"))
+    labels, sample = value.get("labels") or [], value.get("sample")
+    if not isinstance(labels, list):
+        raise InputError(f"{path}: `labels` is a list of names, as in labels: [negative, positive]")
+    if not isinstance(sample, Mapping | None):
+        raise InputError(f"{path}: `sample` is a row by its columns, as in sample: {{text: ..., label: ...}}")
+    return Collection(str(path), task, lang, tuple(templates.values()), tuple(map(str, labels)), sample)
 
 
 def _template(item: Any, task: str, lang: str, place: str) -> PromptTemplate:
@@ -119,6 +123,8 @@ def _template(item: Any, task: str, lang: str, place: str) -> PromptTemplate:
         except TemplateFailure as failure:
             raise InputError(f"{place} ({name}): {key}: {failure}") from None
     hidden = item.get("hidden")
+    if not isinstance(hidden, str | None):
+        raise InputError(f"{place} ({name}): `hidden` is text: why the choices are not listed")
     return PromptTemplate(f"{lang}/{task}/{name}", task, lang, form, pieces["prompt"], pieces["target"], hidden)
 
 

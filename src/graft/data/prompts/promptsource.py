@@ -154,12 +154,17 @@ def _read(item: Any, dataset: str) -> SourceTemplate:
     if not isinstance(metadata, Mapping):
         metadata = {}
     choices = item.get("answer_choices")
-    languages = metadata.get("languages") or ["en"]
+    languages, metrics = (_listed(metadata.get(key)) for key in ("languages", "metrics"))
     return SourceTemplate(
         name=f"{dataset}/{item.get('name')}",
-        lang=str(languages[0]),
+        lang=languages[0] if languages else "en",
         jinja=compiled(item["jinja"], trim=False),
         choices=compiled(choices, trim=False) if isinstance(choices, str) and choices.strip() else None,
         choices_in_prompt=bool(metadata.get("choices_in_prompt")),
-        metrics=tuple(str(metric) for metric in metadata.get("metrics") or ()),
+        metrics=metrics,
     )
+
+
+def _listed(value: Any) -> tuple[str, ...]:
+    """A list as texts; what is none says nothing."""
+    return tuple(map(str, value)) if isinstance(value, list) else ()

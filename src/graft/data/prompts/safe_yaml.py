@@ -14,6 +14,14 @@ from graft.errors import InputError, first_line
 
 PROMPTSOURCE_TAGS = ("!Template", "!TemplateMetadata")
 MOST_BYTES = 20_000_000
+MOST_NESTED = 100
+_OPENS = (
+    yaml.FlowSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.BlockMappingStartToken,
+)
+_CLOSES = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 
 
 _Safe = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times as fast, where PyYAML was built with it
@@ -37,7 +45,8 @@ def read_yaml(path: Path) -> Any:
     """The value of a YAML file.
 
     Raises:
-        InputError: it cannot be read, is not UTF-8, not valid YAML, has another tag or an alias; names the line.
+        InputError: it cannot be read, is not UTF-8, not valid YAML, nested too deeply, has another tag or an alias;
+            names the line.
     """
     try:
         if path.stat().st_size > MOST_BYTES:
@@ -48,9 +57,7 @@ def read_yaml(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     try:
-        for token in yaml.scan(text, Loader=_Safe):  # aliases of aliases would never end
-            if isinstance(token, yaml.AliasToken):
-                raise InputError(f"{path}:{token.start_mark.line + 1}: `*{token.value}` is a YAML alias; write it out")
+        _refuse_bombs(text, path)
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with two more tags
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -60,3 +67,15 @@ def read_yaml(path: Path) -> Any:
         ) from None
     except (ValueError, RecursionError) as error:  # an impossible date, brackets without end
         raise InputError(f"{path}: a value cannot be read ({first_line(error)}); put it in quotes") from None
+
+
+def _refuse_bombs(text: str, path: Path) -> None:
+    """Aliases of aliases would never end, and brackets in brackets take the square of their number."""
+    depth = 0
+    for token in yaml.scan(text, Loader=_Safe):
+        depth += isinstance(token, _OPENS) - isinstance(token, _CLOSES)
+        where = f"{path}:{token.start_mark.line + 1}"
+        if depth > MOST_NESTED:
+            raise InputError(f"{where}: nested more than {MOST_NESTED} levels deep; no template needs that")
+        if isinstance(token, yaml.AliasToken):
+            raise InputError(f"{where}: `*{token.value}` is a YAML alias; write it out")

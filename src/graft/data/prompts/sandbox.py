@@ -196,8 +196,8 @@ class Compiled:
             raise
         except RecursionError:
             raise TemplateFailure("it calls itself without end") from None
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-            raise TemplateFailure(first_line(error)) from None
+        except Exception as error:  # any: a stranger's template may make any line of Jinja and its filters fail
+            raise TemplateFailure(first_line(error) or type(error).__name__) from None
         finally:
             METER.reset(token)
         return "".join(pieces)
@@ -227,6 +227,8 @@ def compiled(source: str, trim: bool = True) -> Compiled:
         template = environment.from_string(_Bounding().visit(tree))
     except jinja2.TemplateSyntaxError as error:
         raise TemplateFailure(f"line {error.lineno}: {first_line(error)}") from None
-    except (RecursionError, MemoryError):
+    except (RecursionError, MemoryError, SyntaxError):  # what Jinja makes of it is Python, whose blocks nest 20 deep
         raise TemplateFailure("it is nested too deeply") from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise TemplateFailure(first_line(error)) from None
     return Compiled(source, frozenset(variables), template)

@@ -6,7 +6,9 @@ A row that cannot be read is a Reject and the others go on; a file that cannot b
 
 from __future__ import annotations
 
+import codecs
 import difflib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -37,6 +39,9 @@ TEXT = (".txt", ".md", ".markdown")
 """Files that are one row each."""
 BINARY = (".parquet", ".arrow", ".xlsx")
 """Files that are packed in themselves."""
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+"""Byte-order marks of text that is not UTF-8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +92,8 @@ def open_address(address: str) -> Opened:
             return _open_folder(address, path, part)
         if not path.exists():
             raise InputError(_missing_message(path))
+        if not path.is_file():
+            raise InputError(f"{path}: is a pipe or a device; save what it gives as a file, files are read more than once")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     return Opened([_part(address, [file_of(path, part)])], [])
@@ -141,9 +148,12 @@ def _check(file: File) -> None:
 
 def _check_readable(file: File) -> None:
     with file.open() as content:
-        start = content.read(2)
-    if start in (b"\xff\xfe", b"\xfe\xff") and file.suffix not in BINARY:
-        raise InputError(f"{file.path}: is UTF-16 text; save it as UTF-8, for example: iconv -f UTF-16 -t UTF-8")
+        start = content.read(4)
+    if file.suffix in BINARY:
+        return
+    name = "UTF-32" if start in UTF_32 else "UTF-16" if start[:2] in UTF_16 else ""
+    if name:
+        raise InputError(f"{file.path}: is {name} text; save it as UTF-8, for example: iconv -f {name} -t UTF-8")
 
 
 def _not_empty(name: str, rows: Iterator[Raw]) -> Iterator[Raw]:
@@ -157,6 +167,8 @@ def _not_empty(name: str, rows: Iterator[Raw]) -> Iterator[Raw]:
 
 def _missing_message(path: Path) -> str:
     folder = path.parent
+    if path.is_symlink():
+        return f"{path}: is a link to {os.readlink(path)}, which is not there; correct the link"
     if not folder.is_dir():
         return f"{path}: no such file, and no folder {folder} either; check the path, or write hf:{path} for the hub"
     near = difflib.get_close_matches(path.name, [item.name for item in folder.iterdir()], n=1)

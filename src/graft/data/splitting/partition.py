@@ -9,6 +9,7 @@ second copies each line to its part.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -55,6 +56,9 @@ def split_files(
     """
     outcome = Outcome(Tally())
     targets = [out / f"{name}.jsonl" for name in PARTS]
+    for target in targets:
+        if target.is_dir():
+            raise InputError(f"{target}: is a folder, and a part would be written there; choose another --out")
     evaluation = _read_evaluation(wanted, outcome) if wanted.against else None
     grouping, columns = Grouping(wanted.group, wanted.near), Columns(wanted.stratify)
     with _spool(out) as spool, _overlaps_file(out / "overlaps.jsonl", wanted) as list_overlap:
@@ -202,6 +206,9 @@ def _write_parts(spool: BinaryIO, targets: Sequence[Path], parts: Codes) -> None
         files = {part: stack.enter_context(_part_file(targets[part])) for part in np.unique(parts).tolist()}
         for line, part in zip(spool, parts.tolist(), strict=True):
             files[part].write(line)
+        for file in files.values():  # all on the disk before the first gets its name: old and new parts may share rows
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @contextmanager
