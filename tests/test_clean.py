@@ -353,6 +353,14 @@ def test_the_command_counts_and_explains(messy, tmp_path):
     assert "600 rows read, " in run(messy, "--out", out)
 
 
+def test_columns_that_the_user_names(tmp_path):
+    (tmp_path / "faq.csv").write_text("We say,Customers ask\nFrom nine to five.,When are you open?\n")
+    out = tmp_path / "out.jsonl"
+    run(tmp_path / "faq.csv", "--columns", "question=Customers ask,answer=We say", "--out", out)
+    turns = json.loads(out.read_text())["messages"]
+    assert [turn["content"] for turn in turns] == ["When are you open?", "From nine to five."]
+
+
 def test_only_and_skip(messy, tmp_path):
     out = tmp_path / "out.jsonl"
     result = json.loads(run(messy, "--out", out, "--only", "repair,html", "--json"))

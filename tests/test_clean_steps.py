@@ -1,6 +1,7 @@
 """Each cleaning step does what its policy says, and leaves everything else to the last character."""
 
 import json
+import signal
 from collections import Counter
 
 import pytest
@@ -467,6 +468,42 @@ def test_loops_are_dropped_in_words_and_characters():
 def test_what_repeats_itself_with_reason_stays(text):
     conversation = talk("u:x", f"a:{text}")
     assert drop_repetition(conversation, Repetition(), Counter()) is conversation
+
+
+@pytest.mark.parametrize("before", ["| a | b |\n|---|---|\n| 1 | 2 |", "    | a | b |", "* * *"])
+def test_a_table_hides_itself_and_not_the_loop_below_it(before):
+    loop = "\n\n" + "the cat sat on the mat again. " * 30
+    assert isinstance(drop_repetition(talk("u:Hi", "a:" + before + loop), Repetition(), Counter()), Drop)
+
+
+def test_a_quotation_ends_with_its_line():
+    said = "> What are you?\n\nAs an AI language model, I don't have feelings."
+    assert find_boilerplate(said) is not None
+    assert find_boilerplate("> As an AI language model, I don't have feelings.\n\nThat is what it said.") is None
+
+
+@pytest.fixture
+def patience():
+    """An end to what would take hours: no measure of speed, the tests need milliseconds."""
+
+    def give_up(*_):
+        raise AssertionError("more than 20 s: time grows with the square of the length or faster")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_long_runs_of_one_character_take_no_hours(patience):
+    blanks = " " * 300_000
+    assert repeated_share(f"{blanks}x\n{'-' * 300_000}x", 4, 40)[0] == 0
+    assert without_debris(f"```{blanks}!") == f"```{blanks}!"
+    assert without_debris(f"```{blanks}python{blanks}\n{blanks}Copy code\nx = 1\n```") == "```python\nx = 1\n```"
+    assert repair_text("a" + "\r" * 300_000 + "b") == "a" + "\n" * 300_000 + "b"
+    page = talk("u:Hi", f"a:<p>1</p><{'a' * 300_000}!</p>")
+    assert convert_html(page, Html(), Counter()) is not None
 
 
 def test_repeated_share():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny import make_conversations, make_model_folder, write_rows
 
-from graft.cli.main import main
+from graft.cli.main import app, data, main
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +206,41 @@ def test_each_recipe_has_a_schema(graft, recipe, setting):
     assert code == 0
     assert setting in schema["properties"]
     assert schema["additionalProperties"] is False
+
+
+def test_help_joins_the_lines_of_a_paragraph():
+    for command in (*app.registered_commands, *data.registered_commands):
+        assert command.help
+        assert "\n" not in command.help.replace("\n\n", ""), command.name
+
+
+def test_a_start_that_failed_does_not_take_the_name_of_the_run(graft, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "faq.csv").write_text("Frage,Antwort\n" + "".join(f"Number {i}?,{i}\n" for i in range(40)))
+    assert graft("train", "--model", base, "--data", "faq.csv")[0] == 2
+    columns = "{path: faq.csv, columns: {question: Frage, answer: Antwort}}"
+    assert graft("train", "--model", base, f"data={columns}", "max_steps=1", "split.val=0")[0] == 0
+    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == [f"{base.name}-faq"]
+
+
+def test_a_missing_setting_is_not_said_to_be_a_flag(graft, tmp_path):
+    recipe = tmp_path / "synth.yaml"
+    recipe.write_text("language: en\nprices: {input: 0.1}\n")
+    err = graft("data", "synth", recipe, "--dry-run")[2]
+    assert "`prices.output` is needed" in err
+    assert "--prices" not in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="NOT TESTED: no SIGTERM there")
+def test_a_stop_by_the_system_leaves_no_half_file(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in make_conversations(5000)))
+    command = [sys.executable, "-m", "graft", "data", "clean", rows, "--out", tmp_path / "out.jsonl", "--workers", "1"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".*.tmp")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    running.terminate()
+    assert "Traceback" not in running.communicate(timeout=60)[1]
+    assert running.returncode in (0, 128 + signal.SIGTERM)
+    assert not list(tmp_path.glob(".*.tmp"))

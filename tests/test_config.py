@@ -102,3 +102,11 @@ def test_settings_need_no_torch_and_help_is_fast():
         subprocess.run([sys.executable, "-m", "graft", "--help"], check=True, capture_output=True)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 2, "not the target (0.4 s on an idle machine), but a heavy import at start-up would show"
+
+
+def test_a_recipe_with_bytes_that_no_text_has_is_an_error_of_one_line(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: \0")
+    with pytest.raises(ConfigError, match="not valid YAML") as caught:
+        load_train(path)
+    assert "\n" not in str(caught.value)

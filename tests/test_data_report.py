@@ -22,7 +22,7 @@ from graft.data.describing.histogram import spread
 from graft.data.describing.sample import Reservoir
 from graft.data.describing.strange import MEASURES, Watch
 from graft.data.load import load_sources
-from graft.errors import GraftError
+from graft.errors import ConfigError, GraftError, InputError
 from graft.tokens.encode import encode_all
 from graft.tokens.plan import Plan
 from graft.tokens.statistics import nodes_of, token_statistics
@@ -468,6 +468,22 @@ def test_the_command_writes_a_page_and_json(tmp_path, model, monkeypatch):
     ran = CliRunner().invoke(app, ["report", "a.jsonl", "--out", "a.jsonl"])
     assert isinstance(ran.exception, GraftError)
     assert "would be overwritten" in str(ran.exception)
+
+
+def test_what_cannot_serve_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(InputError, match=r"is a folder; name a file in it, such as --out .*report\.html"):
+        CliRunner().invoke(app, ["report", "none.jsonl", "--out", str(tmp_path)], catch_exceptions=False)
+    with pytest.raises(ConfigError, match="--template is for tokens"):
+        CliRunner().invoke(app, ["report", "none.jsonl", "--template", "chatml"], catch_exceptions=False)
+
+
+def test_a_line_that_has_no_fields_is_rejected_without_naming_one(tmp_path, model):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json.dumps(row("q", "a")).encode() + b"\n\xff\n")
+    ran = CliRunner().invoke(app, ["report", str(path), "--out", str(tmp_path / "p.html")])
+    assert "1 rejected: byte 0xff" in ran.stderr
+    ran = CliRunner().invoke(app, ["inspect", "--model", str(model), "--data", str(path), "--json", "-"])
+    assert json.loads(ran.stdout.splitlines()[-1])["rejected"].startswith("byte 0xff")
 
 
 def test_what_cleaning_did_is_shown_where_its_report_lies_beside(tmp_path, monkeypatch):

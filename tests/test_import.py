@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import string
 import sys
@@ -448,6 +449,36 @@ def test_import_never_writes_into_what_it_reads(graft, tmp_path):
         code, _, err = graft("data", "import", tmp_path / "in", path.with_name("none"), "--out", out)
         assert code == 2
         assert "choose another --out" in err
+
+
+def test_import_never_writes_two_files_into_one(graft, tmp_path):
+    source = lines(tmp_path / "a.jsonl", QA)
+    code, _, said = graft("data", "import", source, "--out", tmp_path / "b.jsonl", "--rejects", tmp_path / "b.jsonl")
+    assert code == 2
+    assert "two files would be written there" in said
+    assert not (tmp_path / "b.jsonl").exists()
+
+
+@pytest.mark.parametrize("command", ["import", "clean", "split"])
+def test_what_is_no_file_is_refused_and_never_waited_for(graft, tmp_path, command):
+    loop, dangling, pipe = (tmp_path / f"{name}.jsonl" for name in ("loop", "dangling", "pipe"))
+    loop.symlink_to(loop)
+    dangling.symlink_to(tmp_path / "nowhere")
+    os.mkfifo(pipe)
+    for path, words in ((loop, "is a link to"), (dangling, "is a link to"), (pipe, "is a pipe or a device")):
+        code, _, said = graft("data", command, path, "--out", tmp_path / "new" / "b.jsonl")
+        assert code == 2, said
+        assert words in said.replace("\n", " ")
+    code, _, said = graft("data", command, lines(tmp_path / "a.jsonl", QA), "--out", loop)
+    assert code == (2 if command == "split" else 0), said  # a file takes the link's place
+
+
+def test_a_long_setting_is_no_file_name(graft, tmp_path):
+    source = lines(tmp_path / "a.jsonl", QA)
+    rule = f"rules.rules=[{{name: long, pattern: 'q1|{'x' * 300}', action: drop}}]"
+    code, said, _ = graft("data", "clean", source, "--out", tmp_path / "b.jsonl", rule, "--json")
+    assert code == 0
+    assert (json.loads(said)["read"], json.loads(said)["kept"]) == (3, 2)
 
 
 def test_what_a_file_says_cannot_command_the_terminal(graft, tmp_path):

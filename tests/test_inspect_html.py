@@ -305,6 +305,8 @@ def test_the_step_is_the_one_that_training_takes(folder):
         (["max_lenght=3"], "did you mean `encode.max_length`"),
         (["--step", "99"], "ends with step"),
         (["--step", "1", "--json", "-"], "leave out --step"),
+        (["--step", "1", "--limit", "5"], "leave one of them out"),
+        (["--step", "1", "split.val=0.999999"], "are held out (split.val 0.999999, split.test 0), so no step has any"),
         (["--html", "d.jsonl"], "would be overwritten"),
     ],
 )

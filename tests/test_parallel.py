@@ -76,6 +76,15 @@ def test_a_killed_worker_is_said_with_the_next_step():
         list(map_batches(die, range(1000), 2))
 
 
+def masked(numbers: list[int]) -> bool:
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_ctrl_c_cannot_reach_a_worker_that_still_imports():
+    assert set(map_batches(masked, range(1000), 2)) == {True}
+    assert not masked([])
+
+
 def test_usable_workers_is_a_number_of_processors():
     assert 1 <= usable_workers() <= (os.cpu_count() or 1)
 

@@ -407,6 +407,21 @@ def test_the_budget_of_characters_leaves_examples_out_and_counts_it(reviews):
     assert sum(maker.counts.shots.values()) == 60
 
 
+def test_a_template_that_takes_too_long_ends_the_work_whatever_the_row(reviews, monkeypatch):
+    monkeypatch.setattr("graft.data.prompts.sandbox.MOST_SECONDS", -1.0)
+    with pytest.raises(InputError, match=r":\d+: template en/sentiment/json: rendering takes longer"):
+        made(data=str(reviews), template="json", **GIVEN)
+
+
+def test_prompts_with_fewer_examples_than_asked_for_are_said(tmp_path):
+    path = write_jsonl(tmp_path / "r.jsonl", [{"question": f"q{n}", "answer": f"a{n}"} for n in range(3)])
+    given = (path, "--task", "open-qa", "--out", tmp_path / "o.jsonl")
+    assert json.loads(run(*given, "--shots", 4, "--json"))["notes"][-1].startswith(
+        "3 prompts have fewer than 4 examples (the fewest: 2)"
+    )
+    assert not any("fewer than" in note for note in json.loads(run(*given, "--shots", 2, "--json"))["notes"])
+
+
 def test_examples_come_from_the_training_part_only(reviews, tmp_path):
     out = tmp_path / "parts"
     result = json.loads(
@@ -559,6 +574,8 @@ def test_wrong_options(reviews, tmp_path):
         run(reviews, "--task", "sentiment", "--out", out, "--columns", "review")
     with pytest.raises(ConfigError, match="both name the labels"):
         run(reviews, "--task", "sentiment", "--out", out, "--labels", "a,b", "--labels-from", "x")
+    with pytest.raises(ConfigError, match="shots is 0: give both or neither"):
+        run(reviews, "--task", "sentiment", "--labels", "a,b", "--out", out, "--shots-from", reviews)
     with pytest.raises(InputError, match="conversations are written as"):
         run(reviews, "--task", "sentiment", "--labels", "a,b", "--out", tmp_path / "o.txt")
     path = write_jsonl(tmp_path / "r.jsonl", [{"text": "t", "label": "a"}])

@@ -227,3 +227,11 @@ def test_no_bytes_make_a_traceback(tmp_path_factory, content, suffix):
             assert (row.value.file, row.value.line) == (row.origin.file, row.origin.line)
         else:
             json.dumps(row.value, ensure_ascii=False, allow_nan=False).encode()
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_text_in_another_encoding_is_named_as_what_it_is(tmp_path, encoding):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"text": "hello"}\n'.encode(encoding))
+    with pytest.raises(InputError, match=f"is {encoding.upper()} text; .* iconv -f {encoding.upper()}"):
+        list(read_rows(path))

@@ -32,6 +32,7 @@ def test_the_commands_run(name, tmp_path, monkeypatch, capsys):
         "data",
         "data",
         "data",
+        "train",
         "predict",
         "plot",
         "data",

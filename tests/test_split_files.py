@@ -1,6 +1,8 @@
 """`graft data split` over files: what stays together, what the parts promise, and that evaluation rows do not leak."""
 
+import errno
 import json
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -345,6 +347,40 @@ def test_leaks_are_only_reported_where_that_is_asked(tmp_path, exam):
     few = run(path, "--out", tmp_path / "p", "--against", questions, "--ngram-share", 0.5)
     assert "13-gram" not in few["against"]["overlaps"]
     assert few["against"]["overlaps"]["near"] == result["against"]["overlaps"]["near"]
+
+
+def test_parts_appear_all_or_none(tmp_path, heap, monkeypatch):
+    """A new test part beside an old train part would share rows with it."""
+    rows = write(tmp_path / "a.jsonl", heap)
+    out = tmp_path / "out"
+    run(rows, "--out", out, "--group", "exact")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert {"train.jsonl", "val.jsonl", "test.jsonl"} <= set(before)
+    real, calls = os.fsync, []
+
+    def full_at_the_last(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) == 4:  # rejects, then the three parts
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr("graft.runs.fsync_folder", lambda folder: None)
+    monkeypatch.setattr(os, "fsync", full_at_the_last)
+    with pytest.raises(InputError, match="No space left"):
+        run(rows, "--out", out, "--group", "exact", "--val", "0.3", "--test", "0.3")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_folder_in_the_place_of_a_part_is_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "out" / "val.jsonl").mkdir(parents=True)
+    with pytest.raises(InputError, match="val.jsonl: is a folder"):
+        run(tmp_path / "not-there.jsonl", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("wish", ["inf", "1.5"])
+def test_a_count_is_a_whole_number(tmp_path, wish):
+    with pytest.raises(ConfigError, match="a count of rows is a whole number"):
+        run(write(tmp_path / "a.jsonl", [{"text": "a"}]), "--out", tmp_path / "out", "--val", wish)
 
 
 def test_nothing_is_left(tmp_path, exam):

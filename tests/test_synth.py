@@ -336,6 +336,27 @@ def test_an_endpoint_that_is_down_ends_the_run_and_spoils_nothing(seeds, tmp_pat
     assert results(tmp_path / "out") == results(tmp_path / "clean")
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"<html> <b>Wrong door</b></html>", "no JSON in an answer of 31 characters: <html> <b>Wrong door</b></html>"),
+        (b'{"choices": [', 'broken JSON in an answer of 13 characters: {"choices": ['),
+        (b'{"error": {"message": "no credits"}}', "an answer with an error object: no credits"),
+        (b'{"error": "no credits"}', 'an answer with an error object: "no credits"'),
+    ],
+)
+def test_what_came_instead_of_an_answer_is_quoted(seeds, tmp_path, body, said):
+    with OpenAIServer(lambda _seen: Fault(body=body)) as server:
+        outcome = run(recipe(server, seeds, endpoint={"retries": 0, "failures_in_a_row": 2}), tmp_path / "out")
+    assert f"the last with: {said}; 1 attempts" in str(outcome.stopped)
+
+
+def test_a_status_is_told_once(seeds, tmp_path):
+    with OpenAIServer(lambda _seen: Fault(401, body=b'{"error": {"message": "bad key"}}')) as server:
+        outcome = run(recipe(server, seeds), tmp_path / "out")
+    assert ": 401: bad key; check the key" in str(outcome.stopped)
+
+
 def test_nobody_there(seeds, tmp_path):
     with OpenAIServer() as server:
         settings = recipe(server, seeds, endpoint={"retries": 0, "failures_in_a_row": 2})
@@ -539,6 +560,29 @@ def test_a_broken_line_in_the_middle_costs_only_itself(seeds, tmp_path, capsys):
         assert outcome.summary["requests"]["asked_now"] == 1
         assert results(tmp_path / "out") == clean
     assert f"journal.jsonl:{number + 1}: cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("plan", [{}, {"texts": 3, "settings": None}, {"texts": {}, "settings": {"endpoint": []}}])
+def test_a_plan_that_was_edited_is_another_plan(seeds, tmp_path, plan):
+    journal = tmp_path / "journal.jsonl"
+    journal.write_text(json.dumps({"journal": 1, "plan": plan}) + "\n")
+    with (
+        OpenAIServer() as server,
+        pytest.raises(InputError, match=r"begun with another recipe: prompts; .*language was"),
+    ):
+        run(recipe(server, seeds), tmp_path)
+
+
+def test_numbers_that_no_run_writes_are_flaws_of_the_journal(tmp_path):
+    lines = [
+        '{"journal": 1, "plan": {}}',
+        '{"lost": "a", "why": "", "usage": [Infinity, 1]}',
+        '{"free": "a", "why": ""}',
+    ]
+    (tmp_path / "journal.jsonl").write_text("".join(line + "\n" for line in lines))
+    journal = Journal(tmp_path / "journal.jsonl")
+    assert journal.flawed == [2]
+    journal.close()
 
 
 def test_what_is_no_journal_and_a_folder_in_use_are_refused(seeds, tmp_path):

@@ -61,13 +61,15 @@ def fail(text: str) -> None:
     err.print(f"[bold red]error:[/bold red] {escape(escape_hidden(text))}")
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], to_stdout: bool = False) -> None:
-    """A table; the first column is left-aligned, the others right-aligned."""
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], to_stdout: bool = False, text: Sequence[str] = ()
+) -> None:
+    """A table; the first column and those named in `text` are left-aligned, the others right-aligned."""
     view = Table(
         title=escape(title), title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False
     )
     for index, column in enumerate(columns):
-        view.add_column(escape(column), justify="left" if index == 0 else "right", overflow="fold")
+        view.add_column(escape(column), justify="left" if index == 0 or column in text else "right", overflow="fold")
     for row in rows:
         view.add_row(*(escape(escape_hidden(cell)) for cell in row))
     (out if to_stdout else err).print(view)

@@ -100,12 +100,12 @@ def weights_fingerprint(folder: str) -> str:
 
 
 def new_run_folder(wanted: str | None, default_name: str) -> RunFolder:
-    """The folder for a new run: `wanted` as it is, else runs/NAME, numbered when that exists already."""
+    """The folder for a new run: `wanted` as it is, else runs/NAME, numbered when there is something already."""
     if wanted is not None:
         return RunFolder(Path(wanted))
     name = re.sub(r"[^\w.-]+", "-", default_name).strip("-.") or "run"
     number, folder = 1, Path("runs") / name
-    while folder.exists():
+    while folder.is_file() or (folder.is_dir() and any(folder.iterdir())):  # a start that failed leaves it empty
         number += 1
         folder = Path("runs") / f"{name}-{number}"
     return RunFolder(folder)
@@ -130,8 +130,14 @@ def make_writable(folder: Path) -> None:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write in binary, fsynced and renamed to `path` when the block ends, removed when it fails.
 
-    Readers see the old content or the new, never a part; a crash at any byte leaves the old.
+    Readers see the old content or the new, never a part; a crash at any byte leaves the old. A link stays a link: what
+    it names is replaced. A device or pipe (`/dev/null`, `/dev/stdout`) is written into.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        with path.open("wb") as file:
+            yield file
+        return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,11 +86,15 @@ def _show(evaluation: Evaluation, run: RunFolder, seconds: float) -> None:
         rows.append(
             (question.messages[-1].content, _short(base.answers[number].text), _short(tuned.answers[number].text))
         )
-    table("Some of the test questions", ["question", "base says", "tuned says"], rows, to_stdout=True)
+    columns = ["question", "base says", "tuned says"]
+    table("Some of the test questions", columns, rows, to_stdout=True, text=columns)
     out.print()
     show(evaluation)
     out.print(f"\nDone in {seconds:.0f} s. The run: {run.root}   the report: {run.report}", markup=False)
     out.print("What to type next:", markup=False)
+    activate = Path(sys.argv[0]).parent / "activate"
+    if shutil.which("graft") is None and activate.is_file():
+        out.print(f"  make `graft` a command of this shell:\n      . {activate}", markup=False)
     for command, why in (
         (f"graft chat {run.root}", "ask it yourself"),
         (f"graft plot {run.root}", "the loss curve as a picture"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Annotated, Any
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="From an open base model and a heap of conversations to a measured, served domain expert.\n\n"
+    help="From an open base model and a heap of conversations to a measured domain expert.\n\n"
     "Start with [bold]graft demo[/bold], then [bold]graft train --model DIR --data FILE[/bold].",
 )
 app.command()(demo)
@@ -38,6 +39,16 @@ app.command()(predict)
 app.command()(chat)
 app.command()(plot)
 app.command()(schema)
+
+
+def _paragraphs(text: str) -> str:
+    """A docstring without the line breaks inside its paragraphs, which a narrow terminal would break again."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.cleandoc(text).split("\n\n"))
+
+
+for _command in (*app.registered_commands, *data.registered_commands):
+    if _command.callback is not None and _command.help is None:
+        _command.help = _paragraphs(_command.callback.__doc__ or "")
 
 
 def _version(wanted: bool) -> None:
@@ -58,6 +69,7 @@ def _root(
 def main() -> None:
     """Entry point: 0 done, 2 bad input or settings, 3 data refused, 4 diverged, 5 interrupted with a checkpoint."""
     import os
+    import signal
     import warnings
 
     from graft.console import fail
@@ -71,6 +83,8 @@ def main() -> None:
     # Large CPU tensors in pages of 2 MiB instead of 4 KiB: a training step streams through hundreds of megabytes.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)(\..*)?")
+    # As an ordinary way out, so that what was begun is cleared away; training has a handler of its own.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except GraftError as error:

@@ -70,7 +70,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"recipe {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        raise ConfigError(
+            f"recipe {path}{where}: not valid YAML ({getattr(error, 'problem', None) or first_line(error)})"
+        ) from None
     except (ValueError, RecursionError) as error:  # an impossible date, brackets without end
         raise ConfigError(f"recipe {path}: a value cannot be read ({first_line(error)}); put it in quotes") from None
     if values is None:
@@ -149,7 +151,9 @@ def _explain(model: type[Settings], item: Any, lines: Mapping[tuple[str, ...], i
         hint = did_you_mean(key, setting_names(model))
         return f"{where}: unknown setting `{key}`{hint or f'; `graft schema {model.__name__.lower()}` lists them all'}"
     if item["type"] == "missing":
-        return f"{where}: `{key}` is needed, for example --{key.replace('_', '-')} PATH or `{key}: PATH` in the recipe"
+        if key in ("model", "data"):
+            return f"{where}: `{key}` is needed, for example --{key} PATH or `{key}: PATH` in the recipe"
+        return f"{where}: `{key}` is needed"
     message = str(item["msg"]).removeprefix("Value error, ")
     return f"{where}: `{key}` = {item['input']!r}: {message}" if key else f"{where}: {message}"
 

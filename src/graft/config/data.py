@@ -21,7 +21,7 @@ COLUMNS = (
 class Source(Settings):
     """One file, folder or data set and how much of it an epoch holds."""
 
-    path: str
+    path: str = Field(min_length=1)
     """A jsonl, json, csv, tsv, xlsx, parquet, arrow, txt or md file, text also as .gz or .zst; `FILE.xlsx#SHEET`; a
     folder of files, `FOLDER#SPLIT`; or `hf:OWNER/NAME:CONFIG@REVISION#SPLIT`."""
     format: Format = "auto"

@@ -115,6 +115,8 @@ class Filter(Settings):
     def _a_range(self) -> Self:
         if self.min_words > self.max_words:
             raise ValueError(f"min_words {self.min_words} is more than max_words {self.max_words}")
+        if not all(map(str.strip, self.banned)):
+            raise ValueError("banned: an empty word would be found in every text; leave it out")
         return self
 
 

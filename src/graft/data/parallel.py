@@ -75,11 +75,11 @@ def _in_processes(
     waiting: deque[Future[Result]] = deque()
     try:
         for batch in islice(batches, workers * AHEAD):
-            waiting.append(pool.submit(function, batch))
+            waiting.append(_submit(pool, function, batch))
         while waiting:
             result = waiting.popleft().result()
             for batch in islice(batches, 1):
-                waiting.append(pool.submit(function, batch))
+                waiting.append(_submit(pool, function, batch))
             yield result
     except BrokenProcessPool:
         raise GraftError(
@@ -88,6 +88,19 @@ def _in_processes(
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, function: Callable[[list[Item]], Result], batch: list[Item]) -> Future[Result]:
+    """`pool.submit`, which may start a process, with Ctrl-C held back: a process that still imports must not die of it
+    with a traceback. It inherits the mask; here the signal comes when the mask is gone.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return pool.submit(function, batch)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(function, batch)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _prepare_worker() -> None:

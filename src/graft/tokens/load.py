@@ -73,7 +73,8 @@ def finish(plain: Renderer, generation_stops: Sequence[int], notes: Sequence[str
         said.append("neither the tokenizer nor the template has a token that ends a turn")
     opening = probe.default_system(shaped)
     if opening:
-        said.append(f"the template writes a default system text where a conversation has none: {opening[:60]!r}")
+        begins = opening if len(opening) <= 60 else f"{opening[:60]}…"
+        said.append(f"the template writes a default system text where a conversation has none: {begins!r}")
     if chat_template.uses_date(plain.template + (plain.tool_template or "")):
         said.append(f"the template writes the date; it is told {plain.date.isoformat()}")
     return replace(shaped, stop_ids=tuple(stops), notes=tuple(said), memory={})
@@ -139,7 +140,10 @@ def _choose_template(
             raise InputError(f"{model_path}: has chat templates {names}, but no default; name a Jinja file as template")
         return "model", default, own.get("tool_use")
     if wanted is None:
-        notes.append("the model has no chat template; graft's `chatml` is used (see --template)")
+        notes.append(
+            "the model has no chat template; graft's `chatml` is used (--template, in training encode.template, names "
+            "another)"
+        )
     name = wanted or "chatml"
     if name not in chat_template.OURS:
         return name, chat_template.read_template_file(name), None

@@ -20,6 +20,7 @@ from graft.tokens.encode import NOT_THINKING, THINKING
 from graft.tokens.load import load_renderer
 from graft.tokens.plan import Plan
 from graft.tokens.renderer import Renderer
+from graft.tokens.spelling import UNSPELLED
 from graft.tokens.store import ExampleStore, encode_stored
 from graft.types import Conversation
 
@@ -51,6 +52,8 @@ def prepare(settings: Train, run: RunFolder) -> Prepared:
         settings.model, settings.encode.template, settings.encode.date, trust_remote_code=settings.trust_remote_code
     )
     note(f"chat template: {renderer.template_name}")
+    for text in renderer.notes:
+        note(text)
     vocabulary = vocabulary_size(settings.model, settings.trust_remote_code)
     loaded = _load(settings.data)
     others = [_load(sources) for sources in (settings.val, settings.test)]
@@ -66,7 +69,8 @@ def prepare(settings: Train, run: RunFolder) -> Prepared:
         refuse_if_too_many(of_set, part.read, settings.max_rejected)
     for text, count in train.notes.items():
         if count:
-            note(f"{text}: {count}")
+            said = f"{text}: {count}"
+            warn(said) if text == UNSPELLED else note(said)
     if not len(train):
         raise InputError(f"no conversation is left to train on of {loaded.read} read; see {run.rejects}")
     _check_vocabulary(settings.model, train, vocabulary)

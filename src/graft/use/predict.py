@@ -221,6 +221,8 @@ def write_predictions(path: Path, answers: Sequence[Answer]) -> None:
 def answer_settings(model: str, weights: str, renderer: Renderer, sampling: Sampling) -> dict[str, Any]:
     """Everything that shapes an answer, for the file beside the predictions."""
     template = hashlib.sha256(renderer.template.encode()).hexdigest()[:16]
+    if Path(model).exists():
+        model = str(Path(model).resolve())  # the same model, wherever it is named from
     return {"model": model, "weights": weights, "template": template, "sampling": sampling.model_dump()}
 
 

@@ -169,8 +169,8 @@ def difference_shown(evaluation: Evaluation) -> str | None:
     interval = difference.interval
     return (
         f"tuned minus base: {difference.difference * 100:+.1f} points ({interval.low * 100:+.1f} to "
-        f"{interval.high * 100:+.1f}); right only when tuned {difference.only_second}, only as base "
-        f"{difference.only_first}, of {difference.total}"
+        f"{interval.high * 100:+.1f}); only the tuned one is right on {difference.only_second}, "
+        f"only the base on {difference.only_first} of {difference.total} questions"
     )
 
 

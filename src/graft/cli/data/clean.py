@@ -38,6 +38,10 @@ def clean_data(
     skip: Annotated[str | None, typer.Option(help="Leave these steps out.", metavar="A,B")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes.", min=1, show_default="all cores")] = None,
     form: FormatName = "auto",
+    columns: Annotated[
+        str | None,
+        typer.Option(help="What columns are called, ours=theirs: question=Frage,answer=Antwort.", metavar="A=B,..."),
+    ] = None,
     max_rejected: MaxRejected = 0.01,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -63,7 +67,7 @@ def clean_data(
     check_settings(settings)
     counter = _counter(settings, trust_remote_code)
     tally, report = Tally(), Report()
-    rows = console.track(stream_sources(sources_of(files, form), tally, check=False), "clean")
+    rows = console.track(stream_sources(sources_of(files, form, columns), tally, check=False), "clean")
     _write(rows, settings, report, tally, out, rejects, max_rejected, workers or usable_workers(), counter)
     result = _result(report, tally, settings, out, rejects)
     _write_report(report_path, result)
@@ -84,7 +88,7 @@ def _sort_out(arguments: Sequence[str]) -> tuple[list[str], Path | None, list[st
     for argument in arguments:
         if argument.endswith((".yaml", ".yml")):
             recipes.append(Path(argument))
-        elif "=" in argument and not os.path.exists(argument):  # Path.exists raises for a pattern of 300 letters
+        elif "=" in argument and not os.path.lexists(argument):  # Path.exists raises for a pattern of 300 letters
             overrides.append(argument)
         else:
             files.append(argument)
@@ -222,6 +226,7 @@ def _show(report: Report, tally: Tally, out: Path, rejects: Path, report_path: P
         "Steps",
         ("step", "in", "changed", "dropped", "out", "most often"),
         [tuple(map(escape_hidden, line)) for line in lines],
+        text=("most often",),
     )
     more = f" (+ {report.added} from cutting)" if report.added else ""
     typer.echo(f"{report.read} rows read{more}, {report.kept} kept, {report.rejected} rejected (listed in {rejects})")

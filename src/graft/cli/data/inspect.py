@@ -61,6 +61,8 @@ def inspect(
     settings = _settings(model, data, template, overrides or [], step is not None)
     if step is not None and to is not None:
         raise ConfigError("--json lists examples, not trees; leave out --step, or take --html for the page of a step")
+    if step is not None and limit is not None:
+        raise ConfigError("--limit counts conversations, and --step shows all of a step; leave one of them out")
     keep_sources(data, [path for path in (html, Path(to) if to and to != "-" else None) if path])
     renderer = load_renderer(model, settings.encode.template, settings.encode.date, trust_remote_code)
     if step is not None:
@@ -174,11 +176,15 @@ def _say_what_was_read(chosen: _Chosen, notes: Counter[str]) -> None:
         console.warn(
             escape_hidden(
                 f"{tally.rejected} of {tally.read} rows rejected, {count} of them for the reason at "
-                f"{reject.file}:{reject.line}: {reject.field}: {reject.reason}"
+                f"{reject.file}:{reject.line}: {_why(reject)}"
             )
         )
     if chosen.limit and tally.kept == chosen.limit:
         console.note(f"the first {tally.read} rows were read; --limit 0 shows all")
+
+
+def _why(reject: Reject) -> str:
+    return f"{reject.field}: {reject.reason}" if reject.field else reject.reason
 
 
 def _write_json(chosen: _Chosen, renderer: Renderer, to: str) -> None:
@@ -190,8 +196,7 @@ def _write_json(chosen: _Chosen, renderer: Renderer, to: str) -> None:
     for conversation, result in chosen.encoded(renderer, Counter()):
         rows.append(show.to_json(conversation, result, renderer))
     for reject in chosen.rejects:
-        reason = f"{reject.field}: {reject.reason}"
-        rows.append({"id": f"{reject.file}:{reject.line}", "examples": [], "rejected": reason})
+        rows.append({"id": f"{reject.file}:{reject.line}", "examples": [], "rejected": _why(reject)})
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     content = text.encode("utf-8", "backslashreplace")  # half of a surrogate pair becomes the JSON escape that it was
     if to == "-":
@@ -269,6 +274,11 @@ def _step(settings: Train, renderer: Renderer, number: int) -> tuple[Step, str]:
     from graft.tokens.store import encode_stored
 
     parts = split(load_sources(settings.data).conversations, settings.split.val, settings.split.test)
+    if not parts.train and (parts.val or parts.test):
+        raise InputError(
+            f"all {len(parts.val) + len(parts.test)} conversations are held out (split.val {settings.split.val:g}, "
+            f"split.test {settings.split.test:g}), so no step has any; lower them, for example split.val=0"
+        )
     store = encode_stored(parts.train, renderer, settings.encode)
     if not len(store):
         raise InputError("no conversation has an example to train on; leave out --step to see why")

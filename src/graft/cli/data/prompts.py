@@ -104,6 +104,7 @@ def prompts(
     tally, written = _write(maker, targets, listed)
     empty = [part for part, path in targets.items() if str(path) not in written]
     maker.notes += [f"the {part} part is empty: no row came to it, so there is no file" for part in empty]
+    maker.notes += _fewer_shots(maker)
     _report(maker, tally, listed, written, as_json)
     return None
 
@@ -167,6 +168,18 @@ def _write(maker: Maker, targets: dict[str, Path], listed: Path) -> tuple[Tally,
     return tally, written
 
 
+def _fewer_shots(maker: Maker) -> list[str]:
+    """What to say where prompts have fewer solved examples than were asked for."""
+    wanted, counts = maker.settings.shots, maker.counts.shots
+    fewer = sum(count for number, count in counts.items() if number < wanted)
+    if not fewer:
+        return []
+    return [
+        f"{fewer} prompts have fewer than {wanted} examples (the fewest: {min(counts)}): there are no more that "
+        f"fit, or they are longer than --shot-chars {maker.settings.shot_chars} together"
+    ]
+
+
 def _report(maker: Maker, tally: Tally, listed: Path, written: dict[str, int], as_json: bool) -> None:
     """Decisions, counts and files: as lines and tables for people, or as one JSON object."""
     from graft import console
@@ -198,13 +211,6 @@ def _report(maker: Maker, tally: Tally, listed: Path, written: dict[str, int], a
         console.warn(f"{count} rejected: {field}{reject.reason} (first at {reject.file}:{reject.line})")
     for reason, count in counts.passed_over.most_common(5):
         console.note(f"{count} x passed over for another template: {reason}")
-    short = sum(count for number, count in counts.shots.items() if number < maker.settings.shots)
-    if short:
-        fewest = min(counts.shots)
-        console.warn(
-            f"{short} prompts have fewer than {maker.settings.shots} examples (the fewest: {fewest}): there are no "
-            f"more, or they are longer than --shot-chars {maker.settings.shot_chars} together"
-        )
     console.table("templates", ("template", "rows"), [(name, str(n)) for name, n in sorted(counts.templates.items())])
     if counts.labels:
         common = counts.labels.most_common(20)

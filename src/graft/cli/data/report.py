@@ -47,7 +47,7 @@ def report_data(
     from graft.cli.data.shared import keep_sources, sources_of
     from graft.config.train import load_train
     from graft.console import note, warn
-    from graft.errors import InputError
+    from graft.errors import ConfigError, InputError
     from graft.runs import write_atomic
     from graft.tokens.load import load_renderer
     from graft.use.data_report import Asked, as_page, data_report, summary
@@ -55,6 +55,10 @@ def report_data(
     from graft.visible import escape_hidden
 
     page = out or (None if as_json else Path("report.html"))
+    if page and page.is_dir():
+        raise InputError(f"{page}: is a folder; name a file in it, such as --out {page / 'report.html'}")
+    if template is not None and model is None:
+        raise ConfigError("--template is for tokens, and these need --model; give both or neither")
     keep_sources(files, [page] if page else [])
     settings = load_train(
         None,
@@ -84,8 +88,8 @@ def report_data(
         for line in summary(found):
             typer.echo(line)
     for count, reject in found.reasons[:3]:
-        said = f"{count} rejected: {reject.field}: {reject.reason} (first at {reject.file}:{reject.line})"
-        warn(escape_hidden(said))
+        why = f"{reject.field}: {reject.reason}" if reject.field else reject.reason
+        warn(escape_hidden(f"{count} rejected: {why} (first at {reject.file}:{reject.line})"))
     if page is not None:
         try:
             write_atomic(page, as_page(found))

@@ -58,7 +58,7 @@ def keep_sources(files: Sequence[str], written: Sequence[Path]) -> None:
 
 
 def _real(path: str | Path) -> Path:
-    """Where the path leads; `Path.resolve` would raise where links lead in a circle, and the reader says that better."""
+    """Where the path leads. Links that lead in a circle are left to the reader, where `Path.resolve` would raise."""
     return Path(os.path.realpath(path))
 
 
@@ -109,6 +109,8 @@ def report(tally: Tally, rejects: Path, written: dict[str, int], notes: Sequence
     for count, reject in tally.commonest():
         place = f"first at {reject.file}:{reject.line}"
         console.warn(f"{count} rejected: {reject.field + ': ' if reject.field else ''}{reject.reason} ({place})")
-    typer.echo(escape_hidden(f"{tally.read} rows read, {tally.kept} kept, {tally.rejected} rejected (see {rejects})"))
+    typer.echo(
+        escape_hidden(f"{tally.read} rows read, {tally.kept} kept, {tally.rejected} rejected (listed in {rejects})")
+    )
     for path, count in written.items():
         typer.echo(escape_hidden(f"{path}: {count} conversations"))

@@ -22,7 +22,7 @@ _LOST = re.compile("\ufffd|锟斤拷|锟斤|斤拷锟")
 """GBK's reading of U+FFFD's bytes, twice over, is 锟斤拷."""
 _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f\ufeff\ufffe\uffff]")
-_LINE_END = re.compile("\r+\n|\r|\u2028|\u2029")
+_LINE_END = re.compile("\r+\n?|\u2028|\u2029")
 _ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 """What any of the three above begins with: most texts have none, and one look is enough to know."""
 _APART = re.compile("[^\u0300-\u036f\u3099\u309a][\u0300-\u036f\u3099\u309a]+")
@@ -52,7 +52,7 @@ def repair_text(text: str, notes: Notes | None = None) -> str:
     if not _ODD.search(text):
         return text
     text = _noted(text, _TERMINAL.sub("", text), "terminal sequences", found)
-    text = _noted(text, _LINE_END.sub("\n", text), "line ends of other systems", found)
+    text = _noted(text, _LINE_END.sub(_line_end, text), "line ends of other systems", found)
     return _noted(text, _CONTROL.sub("", text), "control characters", found)
 
 
@@ -60,6 +60,11 @@ def _noted(before: str, after: str, kind: str, notes: Notes) -> str:
     if after != before:
         notes[kind] += 1
     return after
+
+
+def _line_end(found: re.Match[str]) -> str:
+    """`\\r\\n`, also with more `\\r`, is one line end; `\\r` without `\\n` is one each, as on old Macs."""
+    return "\n" if found[0][-1] == "\n" else "\n" * len(found[0])
 
 
 def _composed(found: re.Match[str]) -> str:

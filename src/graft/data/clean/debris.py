@@ -17,11 +17,12 @@ _COPY = (
     "Code kopiëren|Копировать код|코드 복사|نسخ الكود"
 )
 _FENCE = re.compile(
-    r"^(?P<indent>[ \t]*)(?P<fence>`{3,})[ \t]*(?P<info>[\w+#.-]*?)[ \t]*\n?"
-    rf"[ \t]*(?P<name>[a-zA-Z][\w+#.-]{{0,20}}?)?[ \t]*\n?(?:{_COPY})+[ \t]*\n?",
+    r"^(?P<indent>[ \t]*)(?P<fence>`{3,})[ \t]*(?:(?P<info>[\w+#.-]+?)[ \t]*)??(?:\n[ \t]*)?"
+    rf"(?:(?<=\s)(?P<name>[a-zA-Z][\w+#.-]{{0,20}}?)[ \t]*)?\n?(?:{_COPY})+[ \t]*\n?",
     re.MULTILINE,
 )
-"""A fence whose first line, maybe after the language, is the copy button's."""
+"""A fence whose first line, maybe after the language, is the copy button's. Blanks have one place each to belong to:
+where they had several, a fence before some thousand blanks took hours."""
 _EMPTY_BLOCK = re.compile(r"^[ \t]*(`{3,})[\w+#.-]*\n\s*\1[ \t]*$\n?", re.MULTILINE)
 _COUNTER = re.compile(r"\A\s*(\d{1,3}) / (\d{1,3})(?=\s*\n|\s*\Z|[^\W\d_a-z])")
 """Which answer of several is shown: `2 / 3` on a line of its own, or glued to a word that begins a sentence."""

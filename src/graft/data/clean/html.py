@@ -32,7 +32,7 @@ _PAGE = re.compile(
 """Marks that only the rendering of a chat page leaves: its style classes, its buttons."""
 _NOT_PROSE = re.compile(
     r"<!doctype|</?(?:html|head|body|form|input|label|script|style|link|meta|nav|header|footer|main|iframe|select|option)\b"
-    r"|<\w+[^<>]*\s(?:style|onclick|href=[\"']#|id)\s*=",
+    r"|<\w++[^<>]*\s(?:style|onclick|href=[\"']#|id)\s*=",
     re.IGNORECASE,
 )
 """What a page has that somebody wrote, and prose that was rendered from markdown has not."""

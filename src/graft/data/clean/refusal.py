@@ -18,7 +18,7 @@ from graft.types import Conversation
 _APOSTROPHE = re.compile("[’‘ʼ`]")
 _CONTRACTED = re.compile(r"\bi'm\b", re.IGNORECASE)
 _QUOTED = re.compile(
-    r"```.*?(?:```|\Z)|\"[^\"\n]*\"|“[^”]*”|「[^」]*」|『[^』]*』|«[^»]*»|^>.*$", re.DOTALL | re.MULTILINE
+    r"```.*?(?:```|\Z)|\"[^\"\n]*\"|“[^”]*”|「[^」]*」|『[^』]*』|«[^»]*»|^>[^\n]*$", re.DOTALL | re.MULTILINE
 )
 """What an answer quotes it does not say: dialogue, code, the sentence to be rewritten."""
 _LOOKED_AT = 2000

@@ -23,7 +23,7 @@ def check_languages(settings: Language) -> None:
     for code in (*settings.keep, *settings.skip):
         if code not in known:
             hint = did_you_mean(code, known) or f"; known are {', '.join(known)}"
-            raise ConfigError(f"step language: no language `{code}`{hint} (ISO 639-1 codes, such as en, zh)")
+            raise ConfigError(f"step language: no language `{code}`{hint} (ISO 639 codes, such as en, zh)")
 
 
 def filter_language(conversation: Conversation, settings: Language, notes: Notes) -> Result:

@@ -107,10 +107,10 @@ def _tool_results(value: Mapping[str, Any], place: str) -> list[Turn]:
     blocks = _RESPONSE.findall(said)
     if _RESPONSE.sub("", said).strip():
         return []
-    return [Turn(place, Message("tool", block)) for block in blocks]
+    return [Turn(place, Message("tool", block.strip())) for block in blocks]
 
 
-_RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
+_RESPONSE = re.compile(r"<tool_response>(.*?)</tool_response>", re.DOTALL)
 
 
 def _is_result(part: Any) -> bool:

@@ -21,7 +21,7 @@ MOST_SIZE = 2_000_000
 """Characters and elements of any one value, and characters of the text that is rendered."""
 _ELEMENT = 8
 """What an element counts: lists are slower to weigh, and larger in memory, than text."""
-MOST_WEIGHED = 5_000_000
+MOST_WEIGHED = 1_000_000
 """Elements that one rendering may have weighed in all: a list that grows is weighed again each time it does."""
 MOST_SECONDS = 10.0
 """A last resort, for what is slow within the other bounds."""
@@ -30,6 +30,10 @@ MOST_SECONDS = 10.0
 class TemplateFailure(Exception):
     """A template that cannot be compiled, or rendered with these variables; the text says why. Users see no traceback
     of it: whoever knows the template and the row makes an error or a reject of it."""
+
+
+class TooSlow(TemplateFailure):
+    """It ran out of time. What is left out must not depend on the machine, so this ends the work."""
 
 
 @dataclass(slots=True)
@@ -51,7 +55,7 @@ class Meter:
         if self.steps > MOST_STEPS:
             raise TemplateFailure(f"more than {MOST_STEPS:,} loop rounds and calls")
         if time.monotonic() > self.ends:
-            raise TemplateFailure(f"rendering takes longer than {MOST_SECONDS:g} s")
+            raise TooSlow(f"rendering takes longer than {MOST_SECONDS:g} s")
 
 
 METER: ContextVar[Meter] = ContextVar("meter")  # not a template variable: no template can reach it

@@ -15,7 +15,7 @@ from typing import Any
 
 from graft.config.prompts import Prompts
 from graft.data.prompts.draw import Draw
-from graft.data.prompts.filters import TemplateFailure
+from graft.data.prompts.filters import TemplateFailure, TooSlow
 from graft.data.prompts.labelled import Labelled, Piece
 from graft.data.prompts.labels import Labels
 from graft.data.prompts.shots import Pool
@@ -23,6 +23,7 @@ from graft.data.prompts.tasks import LABEL, Task
 from graft.data.prompts.template import Rendered, Template
 from graft.data.splitting.split import Part
 from graft.data.tally import Tally
+from graft.errors import InputError
 from graft.types import Conversation, Message, Reject
 
 OWN_META = ("template", "task", "lang", "form", "label", "choices", "target", "row", "part", "shots")
@@ -76,7 +77,11 @@ class Maker:
     counts: Counts = field(default_factory=Counts)
 
     def make(self, tally: Tally) -> Iterator[Made | Reject]:
-        """All rows in order: each gives its conversations, or one reject. Counts rows into `tally`."""
+        """All rows in order: each gives its conversations, or one reject. Counts rows into `tally`.
+
+        Raises:
+            InputError: a template takes too long for a row.
+        """
         for piece in self.pieces:
             for row in piece.rows(self.settings.val, self.settings.test):
                 made = row if isinstance(row, Reject) else self._of_row(row, piece.name)
@@ -101,6 +106,11 @@ class Maker:
         for template in order:
             try:
                 made.append(self._conversation(named, template, source))
+            except TooSlow as failure:
+                raise InputError(
+                    f"{row.origin.file}:{row.origin.line}: template {template.name}: {failure}; make it simpler, or "
+                    "leave it out with --template"
+                ) from None
             except TemplateFailure as failure:
                 why[template.name] = str(failure)
                 self.counts.pass_over(template.name, failure)
@@ -196,6 +206,8 @@ class Maker:
             try:
                 values = self._values(named, template)
                 shot = template.render(values, choices, Draw(settings.seed, candidate.key, template.name))
+            except TooSlow:
+                raise
             except TemplateFailure:
                 continue
             size = len(shot.prompt) + len(shot.target or "")

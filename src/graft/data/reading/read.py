@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import difflib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -93,7 +92,7 @@ def open_address(address: str) -> Opened:
         if not path.exists():
             raise InputError(_missing_message(path))
         if not path.is_file():
-            raise InputError(f"{path}: is a pipe or a device; save what it gives as a file, files are read more than once")
+            raise InputError(f"{path}: is a pipe or a device; save what it gives as a file, which is read twice")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     return Opened([_part(address, [file_of(path, part)])], [])
@@ -168,7 +167,7 @@ def _not_empty(name: str, rows: Iterator[Raw]) -> Iterator[Raw]:
 def _missing_message(path: Path) -> str:
     folder = path.parent
     if path.is_symlink():
-        return f"{path}: is a link to {os.readlink(path)}, which is not there; correct the link"
+        return f"{path}: is a link to {path.readlink()}, which is not there; correct the link"
     if not folder.is_dir():
         return f"{path}: no such file, and no folder {folder} either; check the path, or write hf:{path} for the hub"
     near = difflib.get_close_matches(path.name, [item.name for item in folder.iterdir()], n=1)

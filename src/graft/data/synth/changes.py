@@ -52,7 +52,8 @@ def check_plan(journal: Journal, material: Material, scrub: Callable[[str], str]
     if journal.plan is None:
         journal.begin(plan)
         return
-    old, new = journal.plan, plan
+    new = plan  # what stands in the file may have been edited: what has another form there has changed
+    old = {name: found if isinstance(found := journal.plan.get(name), Mapping) else {} for name in new}
     changed = [name for name, digest in new["texts"].items() if old["texts"].get(name) != digest]
     changed += _changes(old["settings"], new["settings"])
     if not changed:

@@ -12,8 +12,9 @@ import ipaddress
 import json
 import math
 import os
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -145,7 +146,7 @@ class Client:
             raise TryAgain(f"connection lost ({name}: {said})", lost=None if never_sent else everything) from None
         except (openai.OpenAIError, UnicodeError) as error:
             raise TryAgain(f"unreadable answer ({self.clean(str(error))})", lost=everything) from None
-        return _read(self.scrub(text), request)
+        return _read(self.scrub(text), request, self.clean)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -186,7 +187,11 @@ class Client:
 
     def _judge(self, error: openai.APIStatusError) -> Exception:
         """What a status other than 200 means."""
-        status, said = error.status_code, self.clean(error.message)
+        # The library puts the status before every message.
+        status, said = (
+            error.status_code,
+            self.clean(re.sub(r"^Error code: \d+( - )?", "", error.message) or "no message"),
+        )
         where = f"{self._endpoint.base_url} (model {self._endpoint.model})"
         if status in _CLOSED or error.code in _NO_MONEY:
             remedy = {
@@ -248,8 +253,8 @@ def _wanted_wait(headers: Mapping[str, str]) -> float | None:
     return None
 
 
-def _read(text: str, request: Request) -> Reply:
-    """The answer in a body that came with status 200.
+def _read(text: str, request: Request, clean: Callable[[str], str]) -> Reply:
+    """The answer in a body that came with status 200; `clean` makes the endpoint's words fit for messages.
 
     Raises:
         TryAgain: it is not what the protocol says: truncated JSON, an error object, no choices.
@@ -258,14 +263,16 @@ def _read(text: str, request: Request) -> Reply:
     try:
         body = json.loads(text)
     except (ValueError, RecursionError):
-        raise TryAgain(f"broken JSON in an answer of {len(text)} characters", lost=paid) from None
+        what = "broken JSON" if text.lstrip().startswith("{") else "no JSON"
+        raise TryAgain(f"{what} in an answer of {len(text)} characters: {clean(text[:100])}", lost=paid) from None
     if not isinstance(body, dict):
         raise TryAgain("an answer that is no JSON object", lost=paid)
     choices = body.get("choices")
     first = choices[0] if isinstance(choices, list) and choices else None
     message = first.get("message") if isinstance(first, dict) else None
     if not isinstance(message, dict):
-        said = "an error object" if body.get("error") else "no choices"
+        error = body.get("error")
+        said = f"an error object: {clean(_error_text(error))}" if error else "no choices"
         raise TryAgain(f"an answer with {said}", lost=_usage(body, paid))
     content, reasoning = _text(message, "content"), _text(message, "reasoning_content", "reasoning")
     return Reply(
@@ -276,6 +283,13 @@ def _read(text: str, request: Request) -> Reply:
         refusal=_text(message, "refusal"),
         id=_text(body, "id"),
     )
+
+
+def _error_text(error: Any) -> str:
+    """What an error object says: OpenAI's form, or whatever stands in its place."""
+    if isinstance(error, dict) and (message := _text(error, "message")):
+        return message
+    return json.dumps(error, ensure_ascii=False)
 
 
 def _text(values: Any, *names: str) -> str:

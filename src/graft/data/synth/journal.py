@@ -147,7 +147,7 @@ class Journal:
                 self._lines = number
                 try:
                     self._take(json.loads(line))
-                except (ValueError, KeyError, TypeError, RecursionError):
+                except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                     self.flawed.append(number)
         for open_attempts in self._open.values():
             self.used += open_attempts
