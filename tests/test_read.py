@@ -235,3 +235,26 @@ def test_text_in_another_encoding_is_named_as_what_it_is(tmp_path, encoding):
     path.write_bytes('{"text": "hello"}\n'.encode(encoding))
     with pytest.raises(InputError, match=f"is {encoding.upper()} text; .* iconv -f {encoding.upper()}"):
         list(read_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        ("question;answer", "a, b?;c"),
+        ("question\tanswer", "a, b?\tc"),
+        ("question,answer", '"a, b?",c'),
+        ('"question";"answer"', '"a, b?";"c"'),
+    ],
+)
+def test_a_csv_tells_by_its_header_what_stands_between_cells(tmp_path, header, row):
+    path = tmp_path / "a.csv"
+    path.write_text(f"\n{header}\n{row}\n", encoding="utf-8-sig")
+    (raw,) = read_rows(path)
+    assert raw.value == {"question": "a, b?", "answer": "c"}
+
+
+def test_a_semicolon_in_a_quoted_name_separates_nothing(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('"text; long"\n"one; two"\n')
+    (raw,) = read_rows(path)
+    assert raw.value == {"text; long": "one; two"}

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from graft.data.reading.rows import File, Raw, make_row, reject_row
+from graft.data.reading.rows import BOM, File, Raw, make_row, reject_row
 from graft.errors import InputError, first_line
 from graft.types import Origin
 
@@ -20,13 +20,23 @@ NAMELESS = re.compile(r"column_\d+")
 
 
 def read_csv(file: File) -> Iterator[Raw]:
-    """Cells between commas."""
-    return _read_delimited(file, ",")
+    """Cells between commas; where the header has none, between the semicolons that Excel writes in many countries."""
+    return _read_delimited(file, _delimiter(file))
 
 
 def read_tsv(file: File) -> Iterator[Raw]:
     """Cells between tabs."""
     return _read_delimited(file, "\t")
+
+
+def _delimiter(file: File) -> str:
+    """What stands between the cells of the first line that is not blank."""
+    with file.open() as content:
+        line = next((line for line in content if line.removeprefix(BOM).strip()), b"")
+    bare = re.sub(rb'"[^"]*"', b"", line)
+    if b"," in bare:
+        return ","
+    return max(",", ";", "\t", key=lambda sign: bare.count(sign.encode()))
 
 
 def _read_delimited(file: File, delimiter: str) -> Iterator[Raw]:
