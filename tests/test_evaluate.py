@@ -256,3 +256,18 @@ def test_answers_to_questions_with_choices_are_scored_by_choice():
     assert column.chose_right == (True, False, True), "the last one offers no choices"
     assert (column.right_choice.hits, column.right_choice.total) == (2, 3)
     assert column.exact_match.hits == 1
+
+
+def test_a_look_at_some_questions_leaves_the_runs_numbers_alone(run, tmp_path, monkeypatch, capsys):
+    from graft.cli.main import main
+
+    before = {path.name: path.read_bytes() for path in run.root.iterdir() if path.is_file()}
+    words = ["graft", "eval", str(run.root), "--limit", "2", "--max-new-tokens", "3", "--out", str(tmp_path / "some")]
+    for given in (words[:-2], words):
+        monkeypatch.setattr("sys.argv", given)
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert not left.value.code
+        assert "stay as they are" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in run.root.iterdir() if path.is_file()} == before
+    assert json.loads((tmp_path / "some" / "eval.json").read_text())["questions"] == 2

@@ -27,7 +27,9 @@ def evaluate(
     shots_from: Annotated[
         list[str] | None, typer.Option(help="Where the examples come from; else the run's training part.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many conversations.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first so many conversations; the run's eval.json stays.", min=1)
+    ] = None,
     by: Annotated[
         str | None, typer.Option(help="Column to break exact match down by.", show_default="topic, where there is one")
     ] = None,
@@ -78,15 +80,18 @@ def evaluate(
         precision=precision,
         trust_remote_code=trust_remote_code,
     )
-    folder = out if out is not None else target.run.root if target.run is not None else None
+    run = target.run if limit is None else None  # some of the questions must not replace what all of them gave
+    folder = out if out is not None else run.root if run is not None else None
     if folder is not None:
         make_writable(folder)
     evaluation = run_evaluation(target, options)
     if folder is not None:
         for path in save_evaluation(evaluation, folder):
             note(f"written: {path}")
-    if target.run is not None:
-        note(f"written: {write_report(target.run, evaluation)}")
+    if run is not None:
+        note(f"written: {write_report(run, evaluation)}")
+    elif target.run is not None:
+        note(f"{target.run.root}: its eval.json and report stay as they are, since --limit asks only some questions")
     if as_json:
         typer.echo(json.dumps(evaluation.as_json(), ensure_ascii=False))
     else:
