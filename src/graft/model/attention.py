@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ class TreeRow:
     """[1, N] int64, the position ids."""
     predictors: Tensor
     """[M] int64: parent of each target, the nodes whose hidden state is needed for the loss."""
+    asked: Tensor
+    """[P] int64: the predictors, each once, in order."""
     labels: Tensor
     """[M] int64: the token that each predictor must predict."""
     weights: Tensor
@@ -68,6 +71,7 @@ class TreeRow:
             ids=tensor(row.ids).long()[None],
             depth=tensor(row.depth).long()[None],
             predictors=tensor(row.parent[nodes]).long(),
+            asked=tensor(np.unique(row.parent[nodes])).long(),
             labels=tensor(row.ids[nodes]).long(),
             weights=tensor(row.weight[nodes]),
             segments=segments(row),

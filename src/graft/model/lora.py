@@ -2,7 +2,7 @@
 
 PEFT computes `linear(x) + lora_B(lora_A(dropout(x))) * scaling` as five operations, three of which only stream a
 tensor as large as the layer's output through memory, and as many again in the backward pass; on a CPU that is a fifth
-of the product's own time. Here the low-rank part is added by the matrix product that computes it.
+of the product's own time. How they are saved is said in `model/linear.py`.
 
 Shapes: T tokens, i and o features in and out, r rank.
 """
@@ -12,11 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from graft.model.linear import SmallGradients, Weights, pieces, product, pull
 
 
 def fuse_lora(model: nn.Module) -> int:
@@ -45,54 +46,51 @@ def _is_ordinary(layer: Linear) -> bool:
 class FusedLinear(Linear):
     """PEFT's LoRA layer with another forward."""
 
+    def weights(self) -> Weights | None:
+        """What the layer computes with; None for what is not one active, unmerged adapter."""
+        active = self.active_adapters
+        if self.disable_adapters or self.merged or len(active) != 1 or active[0] not in self.lora_A:
+            return None
+        layers: Any = (self.base_layer, self.lora_A[active[0]], self.lora_B[active[0]])
+        weight, down, up = (layer.weight for layer in layers)
+        return Weights(weight, layers[0].bias, down, up, self.scaling[active[0]])
+
+    @property
+    def drops(self) -> bool:
+        """Whether the adapter's input is thinned out by dropout."""
+        return self.training and any(isinstance(self.lora_dropout[name], nn.Dropout) for name in self.active_adapters)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., i] -> [..., o]. Whatever is not one active, unmerged adapter in one number format is left to PEFT."""
-        active = self.active_adapters
-        if args or kwargs or self.disable_adapters or self.merged or len(active) != 1 or active[0] not in self.lora_A:
+        layer = None if args or kwargs else self.weights()
+        dtype = None if layer is None else compute_dtype(x, layer)
+        if layer is None or dtype is None:
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
-        name = active[0]
-        layers: Any = (self.base_layer, self.lora_A[name], self.lora_B[name])
-        weight, down, up = (layer.weight for layer in layers)
-        bias = layers[0].bias
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        elif x.dtype == weight.dtype == down.dtype:
-            dtype = x.dtype
-        else:
-            return super().forward(x)
-        dropped = self.lora_dropout[name](x) if self.training else x
-        if not torch.is_grad_enabled():
-            return _product(x, dropped, weight, bias, down, up, self.scaling[name], dtype)[0]
+        dropped = self.lora_dropout[self.active_adapters[0]](x) if self.drops else None
         fused: Tensor = _LoraProduct.apply(  # type: ignore[no-untyped-call]
-            x, None if dropped is x else dropped, weight, bias, down, up, self.scaling[name], dtype
+            x, dropped, layer.weight, layer.bias, layer.down, layer.up, layer.scaling, dtype
         )
         return fused
 
 
-def _product(
-    x: Tensor,
-    dropped: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    scaling: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """x W^T + b + scaling (dropped A^T) B^T as [..., o], and dropped A^T as [T, r]."""
-    y = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    low = dropped.to(dtype).flatten(0, -2) @ down.to(dtype).T
-    y.view(-1, y.shape[-1]).addmm_(low, up.to(dtype).T, alpha=scaling)
-    return y, low
+def weights_of(layer: nn.Module) -> Weights | None:
+    """What a linear layer computes with; None where it does more (dropout, several adapters, quantisation)."""
+    if type(layer) is nn.Linear:
+        return Weights(layer.weight, layer.bias)
+    return layer.weights() if isinstance(layer, FusedLinear) and not layer.drops else None
+
+
+def compute_dtype(x: Tensor, *layers: Weights) -> torch.dtype | None:
+    """The number format in which products of x are computed; None where the formats are mixed without autocast."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    tensors = [tensor for layer in layers for tensor in (layer.weight, layer.down) if tensor is not None]
+    return x.dtype if all(tensor.dtype == x.dtype for tensor in tensors) else None
 
 
 class _LoraProduct(torch.autograd.Function):
-    """With G the gradient of the output [T, o] and U = G B [T, r]:
-
-    dx = G W + scaling U A,  dA = scaling U^T x,  dB = scaling G^T (x A^T),  dW = G^T x,  db = sum of G over tokens.
-    """
+    """y = x W^T + b + s (dropped A^T) B^T, where dropped is x itself without dropout."""
 
     @staticmethod
     def forward(
@@ -106,34 +104,34 @@ class _LoraProduct(torch.autograd.Function):
         scaling: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        y, low = _product(x, x if dropped is None else dropped, weight, bias, down, up, scaling, dtype)
-        ctx.save_for_backward(x, dropped, weight, down, up, low)
+        ctx.save_for_backward(x, dropped, weight, bias, down, up)
         ctx.scaling, ctx.dtype = scaling, dtype
-        return y
+        flat = x.to(dtype).flatten(0, -2)
+        layer = Weights(weight, bias, down, up, scaling).to(dtype)
+        if dropped is None:
+            y = product(flat, layer)
+        else:
+            y = product(flat, Weights(layer.weight, layer.bias))
+            y.addmm_(dropped.to(dtype).flatten(0, -2) @ down.to(dtype).T, up.to(dtype).T, alpha=scaling)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, dropped, weight, down, up, low = ctx.saved_tensors
-        scaling, dtype = ctx.scaling, ctx.dtype
+        x, dropped, weight, bias, down, up = ctx.saved_tensors
         for_x, for_dropped, for_weight, for_bias, for_down, for_up = ctx.needs_input_grad[:6]
-        g = grad.to(dtype).flatten(0, -2)
-        raised = g @ up.to(dtype)
-        dx = d_dropped = d_weight = d_bias = d_down = d_up = None
+        layer = Weights(weight, bias, down, up, ctx.scaling).to(ctx.dtype)
+        g = grad.to(ctx.dtype).flatten(0, -2)
+        flat = x.to(ctx.dtype).flatten(0, -2)
+        into_lora = flat if dropped is None else dropped.to(ctx.dtype).flatten(0, -2)
+        small = SmallGradients(layer, for_bias, for_down or for_up)
+        for part in pieces(g):
+            small.add(g[part], into_lora[part])
+        dx = d_dropped = d_weight = None
         if for_x:
-            dx = g @ weight.to(dtype)
-            if dropped is None:
-                dx.addmm_(raised, down.to(dtype), alpha=scaling)
-            dx = dx.view(x.shape).to(x.dtype)
+            dx = pull(g, layer if dropped is None else Weights(layer.weight)).view(x.shape).to(x.dtype)
         if for_dropped:
-            d_dropped = (scaling * raised @ down.to(dtype)).view(x.shape).to(x.dtype)
+            d_dropped = (ctx.scaling * (g @ up.to(ctx.dtype)) @ down.to(ctx.dtype)).view(x.shape).to(x.dtype)
         if for_weight:
-            d_weight = (g.T @ x.to(dtype).flatten(0, -2)).to(weight.dtype)
-        if for_bias:
-            d_bias = g.sum(0)
-        if for_down:
-            seen = (x if dropped is None else dropped).to(dtype).flatten(0, -2)
-            d_down = (scaling * raised.T @ seen).to(down.dtype)
-        if for_up:
-            d_up = (low.T @ g).T.mul(scaling).to(up.dtype)
-        return dx, d_dropped, d_weight, d_bias, d_down, d_up, None, None
+            d_weight = (g.T @ flat).to(weight.dtype)
+        return dx, d_dropped, d_weight, small.bias, small.down, small.up, None, None
