@@ -1,7 +1,8 @@
-"""One LoRA training step against TRL's SFTTrainer: same model, data, order, schedule and initial adapter.
+"""One training step against TRL's SFTTrainer: same model, data, order, schedule and initial weights.
 
-    python bench/train.py                 # every case, 30 steps each, about half an hour on two cores
+    python bench/train.py                 # LoRA, every case, 30 steps each, about half an hour on two cores
     python bench/train.py --case plain --steps 30 --out bench/results/train.json
+    python bench/train.py --case plain --method full --precision bf16
 
 The two trainers alternate step by step inside one process, so that a machine that slows down slows both; the ratio of
 their medians is what counts. What is given to the peer:
@@ -10,7 +11,7 @@ their medians is what counts. What is given to the peer:
 - its rows come in the order in which they were drawn, as its own sampler would hand them out; with `--sorted` each
   step's conversations are sorted by length for it instead, so that its micro-batches hold as little padding as any
   order of them can (its `train_sampling_strategy: group_by_length` comes near that);
-- gradient checkpointing off, fused AdamW, fp32, the same LoRA (r 16, all linear layers).
+- gradient checkpointing off, fused AdamW, the same precision, the same LoRA (r 16, all linear layers) or all weights.
 
 tokens/s counts the data's tokens (each conversation's own length, prompt and answer, no padding, whether shared or
 not) over the time of a whole optimizer step, for both alike.
@@ -39,8 +40,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from datasets import Dataset
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, TrainerCallback
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config, TrainerCallback
+from transformers.models.qwen2 import modeling_qwen2
 from trl import SFTConfig, SFTTrainer
 
 from graft.config.train import load_train
@@ -56,6 +58,8 @@ from graft.train.schedule import learning_rate
 from graft.train.step import Stepper
 from graft.train.validate import validate
 
+ROTARY = modeling_qwen2.apply_rotary_pos_emb
+"""transformers' own, before graft replaces it."""
 ROOT = Path(__file__).resolve().parents[1]
 MATERIAL = ROOT.parent / "shared" / "material"
 CASES = {
@@ -119,15 +123,27 @@ def make_data(case: str, folder: Path, tokenizer: Any) -> Path:
     return path
 
 
+def trained_model(settings: Any, frozen: torch.dtype) -> PreTrainedModel | PeftModel:
+    """The model that both sides begin with: a fresh adapter on it, or all of it trainable in fp32."""
+    if settings.method == "lora":
+        return add_lora(load_base(settings.model, frozen), settings.lora, settings.seed)
+    return load_base(settings.model, torch.float32)
+
+
 class GraftSide:
     """Graft's own step, taken apart only so far that it can be timed alone."""
 
     def __init__(self, settings: Any, prepared: Prepared) -> None:
         self.settings, self.prepared = settings, prepared
-        precision = pick_precision("fp32", torch.device("cpu"))
-        model = add_lora(load_base(settings.model, torch.float32), settings.lora, settings.seed)
-        self.start = {name: t.clone() for name, t in get_peft_model_state_dict(model).items()}
+        precision = pick_precision(settings.precision, torch.device("cpu"))
+        model = trained_model(settings, precision.frozen)
+        self.start = (
+            {name: t.clone() for name, t in get_peft_model_state_dict(model).items()}
+            if isinstance(model, PeftModel)
+            else None
+        )
         self.lm, self.precision = TreeLM(model), precision
+        self.rotary, modeling_qwen2.apply_rotary_pos_emb = modeling_qwen2.apply_rotary_pos_emb, ROTARY
         self.parameters = trainable(model)
         self.optimizer = make_optimizer(self.parameters, set(), settings)
         self.stepper = Stepper(self.lm, self.parameters, self.optimizer, precision, settings.clip, settings.seed)
@@ -135,8 +151,11 @@ class GraftSide:
         model.train()
 
     def step(self, number: int, total: int) -> None:
-        keep_freed_memory()  # as `graft train` does; the peer's steps run with glibc's own settings
+        # As `graft train` does; the peer's steps run with glibc's own settings and transformers' own functions.
+        keep_freed_memory()
+        modeling_qwen2.apply_rotary_pos_emb = self.rotary
         self._step(number, total)
+        modeling_qwen2.apply_rotary_pos_emb = ROTARY
         library = ctypes.CDLL(None)
         for parameter, default in ((-4, 65536), (-1, 128 * 1024), (-2, 128 * 1024), (-3, 128 * 1024)):
             library.mallopt(parameter, default)
@@ -191,8 +210,6 @@ def peer_rows(
 
 
 def run_peer(
-    folder: str,
-    lora: Any,
     start: dict[str, Any] | None,
     rows: list[dict[str, Any]],
     tokens: list[int],
@@ -203,12 +220,13 @@ def run_peer(
     out: str,
 ) -> tuple[Any, Timed]:
     """TRL's own trainer over the rows in their order."""
-    model = add_lora(load_base(folder, torch.float32), lora, 0)
+    model = trained_model(settings, pick_precision(settings.precision, torch.device("cpu")).frozen)
     if start is not None:
         set_peft_model_state_dict(model, start)
     per_step = settings.batch_size
     config = SFTConfig(
-        output_dir=out, use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, report_to="none",
+        output_dir=out, use_cpu=True, bf16=settings.precision == "bf16", fp16=False, gradient_checkpointing=False,
+        report_to="none",
         per_device_train_batch_size=micro, gradient_accumulation_steps=per_step // micro, max_steps=len(tokens),
         learning_rate=settings.peak_lr, lr_scheduler_type=settings.schedule,
         warmup_steps=round(settings.warmup * len(tokens)),
@@ -219,27 +237,29 @@ def run_peer(
     callback = Alternate(tokens, between)
     trainer = SFTTrainer(
         model=model, args=config, train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(folder), callbacks=[callback],
+        processing_class=AutoTokenizer.from_pretrained(settings.model), callbacks=[callback],
     )  # fmt: skip
     trainer.train()
     return trainer.model, callback.timed
 
 
-def calibrate(folder: str, lora: Any, rows: Any, tokens: Any, settings: Any) -> dict[str, float]:
+def calibrate(rows: Any, tokens: Any, settings: Any) -> dict[str, float]:
     """Median seconds of the peer's step for each way it can be run, over a few steps each."""
     found = {}
     few = 3
     for micro, loss_type in ((16, "nll"), (4, "nll"), (4, "chunked_nll")):
         with tempfile.TemporaryDirectory() as out:
             _, timed = run_peer(
-                folder, lora, None, rows[: few * settings.batch_size], tokens[:few], settings, micro, loss_type,
+                None, rows[: few * settings.batch_size], tokens[:few], settings, micro, loss_type,
                 lambda _step: None, out,
             )  # fmt: skip
         found[f"{micro} x {settings.batch_size // micro}, {loss_type}"] = statistics.median(timed.seconds[1:])
     return found
 
 
-def compare(case: str, steps: int, threads: int, peer: str | None, by_length: bool) -> dict[str, Any]:
+def compare(
+    case: str, steps: int, threads: int, peer: str | None, by_length: bool, method: str, precision: str
+) -> dict[str, Any]:
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "model"
@@ -254,6 +274,8 @@ def compare(case: str, steps: int, threads: int, peer: str | None, by_length: bo
                 "row_tokens=8192",
                 f"max_steps={steps}",
                 "warmup=0",
+                f"method={method}",
+                f"precision={precision}",
             ],
         )
         prepared = prepare(settings, RunFolder(Path(work)))
@@ -261,13 +283,13 @@ def compare(case: str, steps: int, threads: int, peer: str | None, by_length: bo
         # Steps of exactly batch_size, so that the peer's accumulation divides them.
         prepared = fixed_steps(prepared, settings.batch_size, steps)
         rows, tokens = peer_rows(conversations, prepared, steps, by_length)
-        calibration = {} if peer else calibrate(str(folder), settings.lora, rows, tokens, settings)
+        calibration = {} if peer else calibrate(rows, tokens, settings)
         best = peer or min(calibration, key=lambda name: calibration[name])
         micro, loss_type = int(best.split(" ")[0]), best.rsplit(" ", 1)[1]
         graft = GraftSide(settings, prepared)
         before = graft.validation_loss()
         peer_model, timed = run_peer(
-            str(folder), settings.lora, graft.start, rows, tokens, settings, micro, loss_type,
+            graft.start, rows, tokens, settings, micro, loss_type,
             lambda step: graft.step(step, steps), str(Path(work) / "peer"),
         )  # fmt: skip
         after = graft.validation_loss()
@@ -276,7 +298,8 @@ def compare(case: str, steps: int, threads: int, peer: str | None, by_length: bo
         peer_after = validate(peer_lm, val, settings.row_budget, graft.precision).loss
         ours, theirs = graft.timed.tokens_per_s(2), timed.tokens_per_s(2)
         return {
-            "case": case, "data": CASES[case], "steps": steps, "batch_size": settings.batch_size,
+            "case": case, "data": CASES[case], "method": method, "precision": precision, "steps": steps,
+            "batch_size": settings.batch_size,
             "trl_rows": "sorted by length within each step" if by_length else "as drawn",
             "parameters": sum(p.numel() for p in graft.lm.base.parameters()),
             "graft_tokens_per_s": ours, "trl_tokens_per_s": theirs, "ratio": ours["median"] / theirs["median"],
@@ -301,16 +324,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--peer", help="skip the calibration: the peer's setting as it names it, '4 x 4, chunked_nll'")
     parser.add_argument("--sorted", action="store_true", help="give the peer each step's rows sorted by length")
+    parser.add_argument("--method", choices=("lora", "full"), default="lora")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "train.json")
     args = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False).stdout
     result = {
-        "what": "one LoRA optimizer step, graft against TRL's SFTTrainer, interleaved",
+        "what": f"one optimizer step ({args.method}, {args.precision}), graft against TRL's SFTTrainer, interleaved",
         "device": f"CPU, {args.threads} threads, {platform.processor() or platform.machine()}",
         "commit": commit.strip(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
-        "cases": [compare(case, args.steps, args.threads, args.peer, args.sorted) for case in args.case or list(CASES)],
+        "cases": [
+            compare(case, args.steps, args.threads, args.peer, args.sorted, args.method, args.precision)
+            for case in args.case or list(CASES)
+        ],
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")

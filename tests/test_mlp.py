@@ -48,7 +48,7 @@ def _same(theirs, ours, autocast: bool = False) -> None:
 
 @pytest.mark.parametrize("family", GATED)
 def test_every_weight_gets_the_modules_own_gradient(family, monkeypatch):
-    monkeypatch.setattr(linear, "PIECE_ELEMENTS", 16 * 48)  # several pieces
+    monkeypatch.setattr(linear, "PIECE_BYTES", 4 * 16 * 48)  # several pieces
     theirs = make_model(ON_TREES[family])
     ours = copy.deepcopy(theirs)
     assert fuse_mlps(ours) == GATED[family]

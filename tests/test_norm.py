@@ -64,5 +64,14 @@ def test_a_norm_with_another_formula_keeps_its_own():
     assert fuse_norms(model) == 0
 
 
-def test_another_format_keeps_its_own():
-    assert fuse_norms(make_model(ON_TREES["llama"]).to(torch.bfloat16)) == 0
+def test_in_16_bits_it_rounds_once():
+    torch.manual_seed(0)
+    model = make_model(ON_TREES["llama"]).to(torch.bfloat16)
+    norm = copy.deepcopy(model.model.norm)
+    exact = copy.deepcopy(norm).double()
+    assert fuse_norms(model) == 5
+    x = torch.randn(1, 50, 32, dtype=torch.bfloat16)
+    wanted = nn.functional.rms_norm(x.double(), (32,), exact.weight, norm.variance_epsilon)
+    ours, theirs = model.model.norm(x), norm(x)
+    assert ours.dtype == torch.bfloat16
+    assert (ours.double() - wanted).norm() <= (theirs.double() - wanted).norm()

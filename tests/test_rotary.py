@@ -29,9 +29,9 @@ def restored():
             setattr(files[name], rotary.NAME, function)
 
 
-@pytest.mark.parametrize("piece", [1, 2**17])
+@pytest.mark.parametrize("piece", [1, 2**19])
 def test_values_and_gradients_are_those_of_transformers(restored, monkeypatch, piece):
-    monkeypatch.setattr(rotary, "PIECE_ELEMENTS", piece)
+    monkeypatch.setattr(rotary, "PIECE_BYTES", piece)
     torch.manual_seed(0)
     q = torch.randn(1, 7, 4, 8).transpose(1, 2).requires_grad_()
     k = torch.randn(1, 7, 2, 8).transpose(1, 2).requires_grad_()

@@ -28,6 +28,10 @@ from graft.types import Row
 SEGMENTS = "graft_segments"
 DENSE = "graft_dense"
 
+FASTER_IN_16_BITS = 300
+"""Queries from which torch's CPU kernel is as fast in 16 bits as in fp32, with its backward pass: 128 take 4.3 ms against
+1.4 ms, 400 take as long (8 heads of 64, one core with matrix units for bf16)."""
+
 
 class RowMissing(RuntimeError):
     """A model's attention was called without the row: the architecture does not hand extra arguments on."""
@@ -106,6 +110,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, shape: Shape, causal: bool
     `added` is added to the scores, [H or 1, n, m] with -inf where a key is not seen; without it every key is seen, or
     with `causal` (n = m) those that are not later.
     """
+    if query.device.type == "cpu" and query.element_size() == 2 and query.shape[2] < FASTER_IN_16_BITS:
+        return attend(query.float(), key.float(), value.float(), shape, causal, added).to(query.dtype)
     if not shape.plain:
         if causal:
             added = added_to_scores(query.shape[2], key.shape[2], shape, query)
@@ -114,7 +120,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, shape: Shape, causal: bool
         query,
         key,
         value,
-        attn_mask=None if added is None else added[None],
+        attn_mask=None if added is None else added[None].to(query.dtype),
         is_causal=causal,
         dropout_p=shape.dropout,
         scale=shape.scaling,

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PIECE_ELEMENTS = 2**17
-"""Elements of one tensor's piece, for each thread: 512 KiB in fp32, so that a few of them fit a core's cache."""
+PIECE_BYTES = 2**19
+"""Of one tensor's piece, for each thread, so that a few of them fit a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +110,8 @@ class SmallGradients:
 def pieces(of: Tensor) -> Iterator[slice]:
     """Slices of the rows of a tensor [T, n] such that a piece fits the cache; all of it at once but on a CPU."""
     tokens, width = of.shape
-    size = max(16, PIECE_ELEMENTS * torch.get_num_threads() // width) if of.device.type == "cpu" else tokens
+    size = tokens
+    if of.device.type == "cpu":
+        size = max(16, PIECE_BYTES * torch.get_num_threads() // (width * of.element_size()))
     for start in range(0, tokens, size):
         yield slice(start, start + size)

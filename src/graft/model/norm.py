@@ -24,7 +24,7 @@ def fuse_norms(model: nn.Module) -> int:
     """Replace the forward of RMS norms by one operation; returns how many were replaced.
 
     A norm is replaced only after ours gave its numbers on a probe: class names promise nothing (Gemma's adds 1 to the
-    scale). Does nothing for norms that are not in fp32 on the CPU: there are better kernels elsewhere.
+    scale). Does nothing for norms that are not on the CPU: there are better kernels elsewhere.
     """
     fused = 0
     for module in model.modules():
@@ -43,7 +43,7 @@ def _rms_forward(module: nn.Module) -> Forward | None:
     if not type(module).__name__.endswith("RMSNorm") or [name for name, _ in module.named_parameters()] != ["weight"]:
         return None
     eps = next((e for e in (getattr(module, name, None) for name in ("variance_epsilon", "eps")) if e), None)
-    if not isinstance(eps, float) or module.weight.device.type != "cpu" or module.weight.dtype != torch.float32:
+    if not isinstance(eps, float) or module.weight.device.type != "cpu" or not module.weight.is_floating_point():
         return None
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -56,12 +56,13 @@ def _same_numbers(module: nn.Module, ours: Forward) -> bool:
     """Whether both forwards give the same for a scale that is not all ones."""
     scale = module.get_parameter("weight").detach()
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, scale.shape[-1], generator=generator)
+    x = torch.randn(2, 3, scale.shape[-1], generator=generator).to(scale.dtype)
+    rounding = torch.finfo(scale.dtype).eps  # theirs rounds twice in 16 bits, ours once
     with torch.no_grad():
         kept = scale.clone()
         scale.copy_(torch.rand(scale.shape, generator=generator) + 0.5)
         try:
-            return torch.allclose(module(x), ours(module, x), rtol=1e-5, atol=1e-6)
+            return torch.allclose(module(x), ours(module, x), rtol=max(1e-5, 2 * rounding), atol=1e-6)
         except (RuntimeError, TypeError):  # it is called otherwise
             return False
         finally:

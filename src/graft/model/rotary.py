@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from graft.model.linear import PIECE_ELEMENTS
+from graft.model.linear import PIECE_BYTES
 
 NAME = "apply_rotary_pos_emb"
 Rotate = Callable[..., tuple[Tensor, Tensor]]
@@ -26,7 +26,7 @@ def fuse_rotary(model: nn.Module) -> int:
     """Replace the rotary function of the model's own modules by one operation; returns how many functions that were.
 
     The function belongs to transformers' module, so every model of that architecture in the process gets the new one:
-    it has the same numbers, which is proved on a probe first, and hands over to the old one but for fp32 on a CPU.
+    it has the same numbers, which is proved on a probe first, and hands over to the old one elsewhere than on a CPU.
     """
     fused = 0
     for name in sorted({type(module).__module__ for module in model.modules()}):
@@ -42,14 +42,14 @@ def fuse_rotary(model: nn.Module) -> int:
 
 
 class _Rotary:
-    """A rotary function of transformers, replaced where the tensors are in fp32 on a CPU."""
+    """A rotary function of transformers, replaced where the tensors are on a CPU and in one number format."""
 
     def __init__(self, theirs: Rotate) -> None:
         self.theirs = theirs
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         plain = not args and not kwargs and cos.dim() == 3 and cos.shape[-1] == q.shape[-1] == k.shape[-1]
-        if plain and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in (q, k, cos, sin)):
+        if plain and all(t.device.type == "cpu" and t.dtype == q.dtype for t in (q, k, cos, sin)):
             return rotate(q, cos, sin), rotate(k, cos, sin)
         return self.theirs(q, k, cos, sin, *args, **kwargs)
 
@@ -96,7 +96,7 @@ def _turn(x: Tensor, cos: Tensor, into_first: Tensor, into_second: Tensor) -> Te
     nodes = x.transpose(1, 2)
     out = torch.empty(nodes.shape, dtype=x.dtype, device=x.device)
     half = x.shape[-1] // 2
-    size = max(1, PIECE_ELEMENTS * torch.get_num_threads() // (nodes.shape[2] * nodes.shape[3]))
+    size = max(1, PIECE_BYTES * torch.get_num_threads() // (nodes.shape[2] * nodes.shape[3] * x.element_size()))
     for start in range(0, nodes.shape[1], size):
         part = slice(start, start + size)
         a, b = nodes[:, part, :, :half], nodes[:, part, :, half:]
