@@ -168,6 +168,7 @@ def tokens_case(name: str, rows: int, rounds: int, workers: int) -> dict[str, An
     import datasets
 
     from graft.config.train import Encode
+    from graft.tokens.encode import encode_all
     from graft.tokens.load import load_renderer
     from graft.tokens.store import encode_stored
 
@@ -180,9 +181,10 @@ def tokens_case(name: str, rows: int, rounds: int, workers: int) -> dict[str, An
         work = Path(folder)
         peer = Peer(case.peer, workers, work)
         dataset = peer.dataset(conversations, work)
-        renderer = load_renderer(str(MATERIAL / "tokenizers" / TOKENIZER))
-        encode_stored(conversations[:300], renderer, settings, 1)
         for number in range(rounds):
+            # A fresh one each time: it remembers words, and must not know this round's from the last.
+            renderer = load_renderer(str(MATERIAL / "tokenizers" / TOKENIZER))
+            encode_all(conversations[:300], renderer, settings)
             for side in ("ours", "theirs") if number % 2 else ("theirs", "ours"):
                 if side == "ours":
                     os.environ["GRAFT_CACHE"] = str(work / "cache" / str(number))

@@ -247,14 +247,14 @@ def test_bos_stands_as_often_as_the_template_writes_it():
     (twice,) = encode.encode(talk("u:<s>Hi", "a:Yes."), r, ROOMY)
     assert twice.ids.tolist().count(tokenizer.bos_token_id) == 2
     turn = encode.response.find_turn(r, talk("u:Hi", "a:Yes.").messages, 1)
-    prompt, full = r.ids([turn.prompt, turn.prompt + turn.response])
+    prompt, full = r.spelled([turn.prompt, turn.prompt + turn.response])
     answer, _ = spelling.response_ids(r, turn, prompt, full)
     with pytest.raises(spelling.Unfit, match="BOS"):
-        spelling.check(r, turn, [tokenizer.bos_token_id, *prompt], answer)
+        spelling.check(r, turn, np.array([tokenizer.bos_token_id, *prompt.ids]), answer)
     with pytest.raises(spelling.Unfit, match="stop"):
-        spelling.check(r, turn, prompt, answer[:-1])
+        spelling.check(r, turn, prompt.ids, answer[:-1])
     with pytest.raises(spelling.Unfit, match="give the answer back"):
-        spelling.inexact_reason(r, turn, [answer[0], *answer])
+        spelling.inexact_reason(r, turn, np.array([answer[0], *answer]))
 
 
 def test_refusals_are_named():

@@ -8,6 +8,7 @@ import json
 import re
 import unicodedata
 
+import numpy as np
 import pytest
 from template_pairs import renderer_of, template_names, template_text, tokenizer_of
 
@@ -174,7 +175,7 @@ def test_the_check_can_fail(monkeypatch):
     honest = module.spelling.response_ids
     for spoil in (lambda ids: ids[:-1], lambda ids: [*ids, 198], lambda ids: [198, 198, 40, *ids]):
         monkeypatch.setattr(
-            module.spelling, "response_ids", lambda *given, spoil=spoil: (spoil(honest(*given)[0]), True)
+            module.spelling, "response_ids", lambda *given, spoil=spoil: (np.array(spoil(honest(*given)[0])), True)
         )
         monkeypatch.setattr(module.spelling, "check", lambda *given: None)
         with pytest.raises(AssertionError):

@@ -7,7 +7,7 @@ from test_encode import byte_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from graft.tokens import chat_template, tokenise
+from graft.tokens import direct, tokenise
 from graft.tokens.proof import bytes_of
 from graft.tokens.tokenise import Tokeniser
 
@@ -45,10 +45,10 @@ def mixed_texts(specials, count=120, seed=0):
 
 
 def count_pieces(monkeypatch):
-    """The pieces that reach the Rust tokenizer."""
+    """The pieces that are tokenised."""
     seen = []
-    honest = Tokeniser._fast
-    monkeypatch.setattr(Tokeniser, "_fast", lambda self, pieces: (seen.extend(pieces), honest(self, pieces))[1])
+    honest = Tokeniser._known
+    monkeypatch.setattr(Tokeniser, "_known", lambda self, pieces: (seen.extend(pieces), honest(self, pieces))[1])
     return seen
 
 
@@ -192,7 +192,7 @@ def test_a_quickened_template_writes_the_same():
 
     before = [said(one), said(two)]
     assert before == ["1user4TrueHi20", "TemplateError('too many')"]
-    chat_template.quicken(source)
+    assert direct._compiled(source) is not None
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     assert type(_compile_jinja_template(source).globals) is dict, "transformers must keep what it compiled"

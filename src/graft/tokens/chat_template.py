@@ -5,7 +5,6 @@ Speaks Jinja source. Knows no tokenizer object, no ids and no conversation.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
 import re
@@ -151,20 +150,6 @@ def with_fixed_date(template: str, date: datetime.date) -> str:
         said += f".replace('{directive}', '{text}')"
     said += ".replace('%%', '%')"
     return "{% macro strftime_now(format) %}{{ " + said + " }}{% endmacro %}\n" + template
-
-
-@functools.lru_cache(maxsize=512)
-def quicken(template: str) -> None:
-    """Make transformers' own compiled form of a template, which it keeps, render faster; what it writes stays the same.
-
-    jinja2 copies a template's globals at every rendering, twice, and out of a `ChainMap`, whose steps are Python: with
-    short talks that is a third of the time. A plain dict of the same globals is copied at once.
-    """
-    with contextlib.suppress(ImportError, AttributeError, jinja2.TemplateError):
-        from transformers.utils.chat_template_utils import _compile_jinja_template
-
-        compiled = _compile_jinja_template(template)
-        compiled.globals = dict(compiled.globals)
 
 
 def our_template(name: str, adds_bos: bool, has_im_end: bool) -> str:

@@ -23,6 +23,7 @@ from graft.tokens.renderer import Renderer, TemplateRefused
 from graft.tokens.response import Turn
 from graft.tokens.spelling import Unfit
 from graft.tokens.spread import map_chunks
+from graft.tokens.tokenise import Spelled
 from graft.types import Conversation, Example, Message, Reject
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
@@ -119,7 +120,7 @@ def encode_chunk(
         planned.append(jobs)
         for job in jobs if isinstance(jobs, list) else ():
             texts += (job.text.prompt, job.text.prompt + job.text.response)
-    ids = iter(renderer.ids(texts))
+    spelled = iter(renderer.spelled(texts))
     raw = iter(renderer.raw_ids([c.text for c in chunk if c.text is not None and _text_problem(c.text) is None]))
     results: list[list[Example] | Reject] = []
     for conversation, jobs in zip(chunk, planned, strict=True):
@@ -128,7 +129,7 @@ def encode_chunk(
         elif isinstance(jobs, Reject):
             results.append(jobs)
         else:
-            pairs = [(next(ids), next(ids)) for _ in jobs]
+            pairs = [(next(spelled), next(spelled)) for _ in jobs]
             results.append(_finish(conversation, jobs, pairs, work))
     return results, work.notes
 
@@ -185,7 +186,7 @@ def _targets(messages: Sequence[Message], settings: Encode) -> list[tuple[int, f
 def _finish(
     conversation: Conversation,
     jobs: Sequence[_Job],
-    pairs: Sequence[tuple[list[int], list[int]]],
+    pairs: Sequence[tuple[Spelled, Spelled]],
     work: _Work,
 ) -> list[Example] | Reject:
     """Ids and weights of a conversation's examples; those that are too long or fail an invariant are left out."""
@@ -212,7 +213,7 @@ def _finish(
 def _make(
     conversation: Conversation,
     job: _Job,
-    pair: tuple[list[int], list[int]],
+    pair: tuple[Spelled, Spelled],
     work: _Work,
     said: Counter[str],
 ) -> Example:
@@ -223,11 +224,11 @@ def _make(
         TemplateRefused: the template cannot write the conversation without its oldest turns.
     """
     renderer, settings = work.renderer, work.settings
-    turn, (prompt_ids, full_ids) = job.text, pair
+    turn, (prompt, full) = job.text, pair
     messages = job.messages
     while True:
-        answer, exact = spelling.response_ids(renderer, turn, prompt_ids, full_ids)
-        length = len(prompt_ids) + len(answer)
+        answer, exact = spelling.response_ids(renderer, turn, prompt, full)
+        length = len(prompt.ids) + len(answer)
         if length <= settings.max_length:
             break
         shorter = without_oldest_turn(messages) if settings.overlong == "drop_oldest_turns" else None
@@ -235,9 +236,9 @@ def _make(
             raise Unfit(f"too long: {length} tokens > encode.max_length {settings.max_length}")
         messages = shorter
         turn = response.find_turn(renderer, messages, len(messages) - 1, conversation.tools)
-        prompt_ids, full_ids = renderer.ids([turn.prompt, turn.prompt + turn.response])
+        prompt, full = renderer.spelled([turn.prompt, turn.prompt + turn.response])
         said[OLDEST_DROPPED] += 1
-    spelling.check(renderer, turn, prompt_ids, answer)
+    spelling.check(renderer, turn, prompt.ids, answer)
     if not exact:
         said[spelling.inexact_reason(renderer, turn, answer)] += 1
     if turn.notes:
@@ -246,13 +247,14 @@ def _make(
         said[COMPOSED] += 1
     if renderer.switches:
         said[THINKING if response.split_reasoning(messages[-1])[0].strip() else NOT_THINKING] += 1
-    ids = np.array(prompt_ids + answer, dtype=np.int32)
+    prompt_len = len(prompt.ids)
+    ids = np.concatenate((prompt.ids, answer), dtype=np.int32)
     weights = np.zeros(len(ids), dtype=np.float32)
-    weights[len(prompt_ids) :] = job.weight
+    weights[prompt_len:] = job.weight
     if settings.train_on == "everything":
-        weights = _weights_of_everything(conversation, messages, ids, len(prompt_ids), renderer)
+        weights = _weights_of_everything(conversation, messages, ids, prompt_len, renderer)
     weights[0] = 0
-    return Example(conversation.id, job.turn, ids, weights, len(prompt_ids), turn.way)
+    return Example(conversation.id, job.turn, ids, weights, prompt_len, turn.way)
 
 
 def without_oldest_turn(messages: tuple[Message, ...]) -> tuple[Message, ...] | None:
@@ -280,14 +282,14 @@ def _weights_of_everything(
         if message.role != "assistant" or message.weight is None:
             continue
         turn = response.find_turn(renderer, messages, index, conversation.tools)
-        prompt, full = renderer.ids([turn.prompt, turn.prompt + turn.response])
-        whole = prompt + spelling.response_ids(renderer, turn, prompt, full)[0]
-        if ids[: len(whole)].tolist() != whole:
+        prompt, full = renderer.spelled([turn.prompt, turn.prompt + turn.response])
+        whole = np.concatenate((prompt.ids, spelling.response_ids(renderer, turn, prompt, full)[0]))
+        if not np.array_equal(ids[: len(whole)], whole):
             raise Unfit(
                 f"messages[{index}].weight cannot be kept with train_on: everything, because the template writes this "
                 "turn differently in the history; use train_on: all_turns"
             )
-        weights[len(prompt) : len(whole)] = message.weight
+        weights[len(prompt.ids) : len(whole)] = message.weight
     return weights
 
 

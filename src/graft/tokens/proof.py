@@ -57,3 +57,6 @@ def _byte_of() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_of()
+
+BYTE_LETTERS = {byte: char for char, byte in _BYTE_OF.items()}
+"""Byte -> the character that stands for it in a byte-level vocabulary; a table for `str.translate`."""

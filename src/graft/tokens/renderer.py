@@ -16,12 +16,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from graft.errors import GraftError, first_line
 from graft.tokens import chat_template
+from graft.tokens.direct import DirectTemplate
 from graft.tokens.proof import Bytes, bytes_of
-from graft.tokens.tokenise import Tokeniser
+from graft.tokens.tokenise import Spelled, Tokeniser
 from graft.types import Message
 
 if TYPE_CHECKING:
@@ -78,22 +79,22 @@ class Renderer:
         Raises:
             TemplateRefused: the template raises on these messages.
         """
-        source = self.tool_template if tools and self.tool_template is not None else self.template
-        dated = chat_template.with_fixed_date(source, self.date)
-        chat_template.quicken(dated)
+        rows = [message_dict(message, self.content_parts, self.string_arguments) for message in messages]
+        template = self._direct_tools if tools else self._direct
         try:
-            text = self.tokenizer.apply_chat_template(
-                [message_dict(message, self.content_parts, self.string_arguments) for message in messages],
-                tools=[dict(tool) for tool in tools] or None,
-                chat_template=dated,
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-                **cast("dict[str, Any]", self.switch_values(thinking)),
-            )
+            return template.render(rows, tools, generation_prompt, self.switch_values(thinking))
         except Exception as error:  # a template is a program of a stranger: it may raise anything
             raise TemplateRefused(_said(error)) from None
-        assert isinstance(text, str)
-        return text
+
+    @functools.cached_property
+    def _direct(self) -> DirectTemplate:
+        return DirectTemplate(self.tokenizer, chat_template.with_fixed_date(self.template, self.date))
+
+    @functools.cached_property
+    def _direct_tools(self) -> DirectTemplate:
+        if self.tool_template is None:
+            return self._direct
+        return DirectTemplate(self.tokenizer, chat_template.with_fixed_date(self.tool_template, self.date))
 
     def prompt_ids(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), thinking: bool | None = None
@@ -118,6 +119,10 @@ class Renderer:
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts, [len(texts)] lists; nothing is added to what the texts say."""
         return self._tokeniser.ids(texts)
+
+    def spelled(self, texts: Sequence[str]) -> list[Spelled]:
+        """The same as arrays, and whether they are proven to say the texts."""
+        return self._tokeniser.spelled(texts)
 
     def raw_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of raw texts, [len(texts)] lists, with the BOS or EOS that the tokenizer puts around a text."""

@@ -8,8 +8,12 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from graft.tokens.renderer import Renderer
 from graft.tokens.response import Turn
+from graft.tokens.tokenise import Spelled
+from graft.types import IntArray
 
 UNSPELLED = "answers with characters that the tokenizer lacks: they are lost, or become its unknown token"
 INEXACT = "answers whose blanks or composed characters the tokenizer does not reproduce exactly"
@@ -19,40 +23,43 @@ class Unfit(Exception):
     """This turn yields no example; the text is the reason."""
 
 
-def response_ids(renderer: Renderer, turn: Turn, prompt_ids: list[int], full_ids: list[int]) -> tuple[list[int], bool]:
+def response_ids(renderer: Renderer, turn: Turn, prompt: Spelled, full: Spelled) -> tuple[IntArray, bool]:
     """Ids of the response, and whether they decode to its very text.
 
     Args:
         renderer: whose tokenizer spells.
         turn: the texts.
-        prompt_ids: ids of the prompt's text.
-        full_ids: ids of prompt + response as one text.
+        prompt: the prompt's text.
+        full: prompt + response as one text.
 
     Where the text as a whole begins with the prompt's ids, the rest is the response. Where a token would span the
     boundary, or a control token eats the answer's first blanks (Phi-3), the response is spelled by itself, as a
     continuation: generation starts from the prompt's ids and can never produce the merged token. Text of a stop token
     inside the answer is spelled as plain text, because a model that says the token has stopped.
     """
-    whole: list[int] = []
-    if not turn.forged and full_ids[: len(prompt_ids)] == prompt_ids:
-        whole = full_ids[len(prompt_ids) :]
-        if _says(renderer, prompt_ids, whole, turn.response):
+    whole: IntArray = full.ids[:0]
+    if not turn.forged and full.ids[: len(prompt.ids)].tobytes() == prompt.ids.tobytes():
+        whole = full.ids[len(prompt.ids) :]
+        # Decoding joins the bytes of what is proven: without the prompt's, those of the response are left.
+        if (prompt.proven and full.proven) or _says(renderer, prompt.ids, whole, turn.response):
             return whole, True
     stop_text = str(renderer.tokenizer.convert_ids_to_tokens(turn.stop_id))
     ids: list[int] = []
     for piece, is_stop in _pieces(turn.response.removesuffix(stop_text), turn.forged):
         ids += continuation_ids(renderer, piece, plain=is_stop)
-    ids.append(turn.stop_id)
-    exact = _says(renderer, prompt_ids, ids, turn.response)
-    return (ids, exact) if exact or not whole else (whole, False)
+    answer = np.array([*ids, turn.stop_id], np.int32)
+    exact = _says(renderer, prompt.ids, answer, turn.response)
+    return (answer, exact) if exact or not len(whole) else (whole, False)
 
 
-def _says(renderer: Renderer, prompt_ids: list[int], answer: list[int], text: str) -> bool:
+def _says(renderer: Renderer, prompt: IntArray, answer: IntArray, text: str) -> bool:
     """Whether ids decode to a text, by themselves or behind the prompt's last ids: decoding may drop a first blank."""
-    if renderer.says(answer, text):
+    ids = answer.tolist()
+    if renderer.says(ids, text):
         return True
-    lead = renderer.decode(prompt_ids[-4:])
-    return renderer.decode(prompt_ids[-4:] + answer) == lead + text
+    before = prompt[-4:].tolist()
+    lead = renderer.decode(before)
+    return renderer.decode(before + ids) == lead + text
 
 
 def _pieces(body: str, forged: Sequence[str]) -> Iterator[tuple[str, bool]]:
@@ -85,26 +92,26 @@ def continuation_ids(renderer: Renderer, text: str, plain: bool = False) -> list
     return alone
 
 
-def check(renderer: Renderer, turn: Turn, prompt_ids: list[int], answer: list[int]) -> None:
+def check(renderer: Renderer, turn: Turn, prompt: IntArray, answer: IntArray) -> None:
     """The invariants of an example.
 
     Raises:
         Unfit: one of them does not hold.
     """
-    if not prompt_ids:
+    if not len(prompt):
         raise Unfit("the prompt is empty: nothing to predict the first token from")
     if answer[-1] != turn.stop_id or turn.stop_id not in renderer.stop_ids:
         raise Unfit(f"the last target is id {answer[-1]}, not a stop token {list(renderer.stop_ids)}")
-    if turn.forged and any(stop in answer[:-1] for stop in renderer.stop_ids):
+    if turn.forged and np.isin(answer[:-1], renderer.stop_ids).any():
         raise Unfit("the answer holds the text of a stop token, and the tokenizer cannot spell it as plain text")
     if renderer.bos is not None:
         bos, bos_id = renderer.bos
-        written = (len(turn.prompt) - len(turn.prompt.replace(bos, ""))) // len(bos)
-        if prompt_ids.count(bos_id) != written and not bos.isspace():
-            raise Unfit(f"the prompt has {prompt_ids.count(bos_id)} BOS tokens, the template writes {written}")
+        written, found = turn.prompt.count(bos), int(np.count_nonzero(prompt == bos_id))
+        if found != written and not bos.isspace():
+            raise Unfit(f"the prompt has {found} BOS tokens, the template writes {written}")
 
 
-def inexact_reason(renderer: Renderer, turn: Turn, answer: list[int]) -> str:
+def inexact_reason(renderer: Renderer, turn: Turn, answer: IntArray) -> str:
     """The note for ids that do not decode to the very text but still say the same.
 
     Some tokenizers compose characters (NFC), or set or eat blanks around control tokens; some lack characters, and drop
@@ -113,13 +120,14 @@ def inexact_reason(renderer: Renderer, turn: Turn, answer: list[int]) -> str:
     Raises:
         Unfit: the ids say something else, or nothing.
     """
-    spelled = renderer.decode(answer)
+    ids = answer.tolist()
+    spelled = renderer.decode(ids)
     wanted, given = _plain_text(turn.response), _plain_text(spelled)
     if wanted == given:
         return INEXACT
     stop = _plain_text(str(renderer.tokenizer.convert_ids_to_tokens(turn.stop_id)))
     unknown = renderer.tokenizer.unk_token_id
-    if unknown is not None and set(answer[:-1]) - {unknown} and unknown in answer:
+    if unknown is not None and set(ids[:-1]) - {unknown} and unknown in ids:
         return UNSPELLED
     if given.removesuffix(stop) and _is_subsequence(given, wanted):
         return UNSPELLED
