@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,7 @@ def tokens_case(name: str, rows: int, rounds: int, workers: int) -> dict[str, An
                     os.environ["GRAFT_CACHE"] = str(work / "cache" / str(number))
                     # In one process ours would use the tokenizer's threads; theirs cannot.
                     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-                    store = ours.measure(lambda: encode_stored(conversations, renderer, settings, workers))
+                    store = ours.measure(partial(encode_stored, conversations, renderer, settings, workers))
                     shutil.rmtree(work / "cache")
                 else:
                     datasets.disable_caching()  # a cached result would cost nothing

@@ -86,6 +86,20 @@ def test_the_alphabet_is_needed(monkeypatch):
     assert list(memoryview(wrong).cast("i")) != slow_ids(tokenizer, ["Cafe\u0301"])[0]
 
 
+def test_a_word_that_does_not_decode_to_itself_is_not_proven():
+    """A vocabulary without the letter q loses it: the tokenizer's ids are given, and nothing is claimed of them."""
+    backend = byte_tokenizer().backend_tokenizer
+    vocabulary = {token: n for n, token in enumerate(sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {"q"}))}
+    backend.model = models.BPE(vocabulary, [])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    with pytest.raises(NotByWords):
+        words_of(tokenizer).spell("aqua")
+    texts = [f"{n} {word}" for n in range(10) for word in ("aqua", "aua")]
+    found = Tokeniser(tokenizer).spelled(texts)
+    assert [one.ids.tolist() for one in found] == slow_ids(tokenizer, texts)
+    assert [one.proven for one in found] == [False, True] * 10
+
+
 def test_engines_that_disagree_are_not_trusted(monkeypatch):
     assert Alphabet(QWEN, False)["é"]
     honest = words._engine

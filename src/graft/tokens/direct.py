@@ -89,7 +89,8 @@ class DirectTemplate:
         if last is not tools:
             schemas = [dict(tool) for tool in tools]
             schemas = schemas if _is_plain(schemas) else None
-            self._tools = (tools, schemas)
+            if type(tools) is tuple:  # a conversation's; a list may be another one the next time
+                self._tools = (tools, schemas)
         return schemas
 
 
