@@ -58,6 +58,12 @@ class RunFolder:
         return self.root / "data"
 
     @property
+    def held_out(self) -> Path | None:
+        """What evaluation asks about: the test part, else the validation part; None where nothing was held out."""
+        parts = (self.data / f"{part}.jsonl" for part in ("test", "val"))
+        return next((path for path in parts if path.is_file()), None)
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

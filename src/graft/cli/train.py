@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from graft.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from graft.runs import RunFolder
 
 
 def train(
@@ -57,7 +61,15 @@ def train(
 
     run = run_training(settings)
     note(f"done: {run.final}")
-    note(f"next: graft chat {run.root}   graft eval {run.root}   graft plot {run.root}")
+    note(f"next: {_next_steps(run)}")
+
+
+def _next_steps(run: RunFolder) -> str:
+    """Commands that work for this run as they stand."""
+    steps = [f"graft {command} {shlex.quote(str(run.root))}" for command in ("chat", "eval", "plot")]
+    if run.held_out is None:  # eval would have nothing to ask
+        steps[1] += " --data FILE"
+    return "   ".join(steps)
 
 
 def _sort_words(words: list[str]) -> tuple[Path | None, list[str]]:

@@ -56,6 +56,15 @@ def parse_json(text: str) -> Any:
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
 
 
+def decode_value(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value that begins at `start` of a text, and where it ends; as `parse_json` otherwise."""
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except RecursionError:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
+    return value, end
+
+
 def kind(value: Any) -> str:
     """What a value is, in the words of a message to the user."""
     if value is None:

@@ -243,8 +243,7 @@ def _conversations(target: Target, options: Options) -> list[Conversation]:
     if not sources:
         if target.run is None:
             raise InputError(f"{target.named}: not a run folder, so there is no held-out data; give --data FILE")
-        held_out = [target.run.data / f"{part}.jsonl" for part in ("test", "val")]
-        found = next((path for path in held_out if path.is_file()), None)
+        found = target.run.held_out
         if found is None:
             raise InputError(f"{target.run.data}: holds neither test.jsonl nor val.jsonl; give --data FILE")
         note(f"data: {found}")

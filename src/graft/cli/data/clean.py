@@ -171,7 +171,7 @@ def _write(
 
 def _nothing_left(report: Report, rejects: Path) -> str:
     most = max(report.steps, key=lambda step: step.dropped)
-    reason = most.reasons.most_common(1)[0][0] if most.reasons else "no reason"
+    reason = most.commonest() or "no reason"
     return (
         f"none of {report.read} rows is left: step {most.step} dropped {most.dropped} ({reason}); "
         f"all are listed in {rejects}; change the step's settings or leave it out: --skip {most.step}"
@@ -217,7 +217,7 @@ def _show(report: Report, tally: Tally, out: Path, rejects: Path, report_path: P
         console.warn(escape_hidden(f"{count} rows could not be read: {reason} ({place})"))
     lines = []
     for step in report.steps:
-        said = [f"{kind} ({count})" for kind, count in step.reasons.most_common(1)]
+        said = [step.commonest()] if step.reasons else []
         said += [f"{kind}: {count}" for kind, count in step.notes.most_common(3) if count]
         lines.append(
             (step.step, f"{step.entered}", f"{step.changed}", f"{step.dropped}", f"{step.left}", "; ".join(said))

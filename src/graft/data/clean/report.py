@@ -46,7 +46,9 @@ class StepReport:
     """Conversations more than entered, from cutting."""
     dropped: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
-    """Drops by kind of reason; numbers and quoted words do not tell kinds apart."""
+    """Drops by kind of reason; numbers and quoted words, which stand as N here, do not tell kinds apart."""
+    first: dict[str, str] = field(default_factory=dict)
+    """The first reason of each kind, by which people are told what it is."""
     notes: Notes = field(default_factory=Counter)
     changes: list[dict[str, Any]] = field(default_factory=list)
     """The first changes: file, line, field, before, after."""
@@ -64,9 +66,10 @@ class StepReport:
         self.changed += other.changed
         self.added += other.added
         self.dropped += other.dropped
-        for mine, theirs in ((self.reasons, other.reasons), (self.notes, other.notes)):
-            for kind, count in theirs.items():
-                mine[kind if kind in mine or len(mine) < MAX_KINDS else "others"] += count
+        for kind, reason in other.first.items():
+            self._count_reason(kind, other.reasons[kind], reason)
+        for kind, count in other.notes.items():
+            self.notes[_told_apart(kind, self.notes)] += count
         self.changes += other.changes[: examples - len(self.changes)]
         self.drops += other.drops[: examples - len(self.drops)]
 
@@ -82,7 +85,7 @@ class StepReport:
     def count_drop(self, conversation: Conversation, drop: Drop, examples: int) -> Dropped:
         """Count a conversation that the step dropped; the line that says so."""
         self.dropped += 1
-        self.reasons[_VARYING.sub("N", drop.reason)] += 1
+        self._count_reason(_VARYING.sub("N", drop.reason), 1, drop.reason)
         origin = conversation.origin
         if len(self.drops) < examples:
             example: dict[str, Any] = {"file": origin.file, "line": origin.line, "field": drop.field}
@@ -92,12 +95,33 @@ class StepReport:
             self.drops.append(example)
         return dropped(origin, self.step, drop)
 
+    def _count_reason(self, kind: str, count: int, reason: str) -> None:
+        known = _told_apart(kind, self.reasons)
+        self.reasons[known] += count
+        self.first.setdefault(known, reason if known == kind else known)
+
+    def commonest(self) -> str:
+        """The commonest reason in words, by its first example; empty where nothing was dropped."""
+        if not self.reasons:
+            return ""
+        ((kind, count),) = self.reasons.most_common(1)
+        reason = self.first[kind]
+        if count == 1:
+            return reason
+        return f"{count} x {reason}" if reason == kind else f"{reason}, and {count - 1} like it"
+
     def as_json(self) -> dict[str, Any]:
-        """Everything, with the commonest reasons first."""
+        """Everything, with the commonest reasons first, each kind by its first example."""
         value = asdict(self)
-        value["reasons"] = dict(self.reasons.most_common())
+        value["reasons"] = {self.first[kind]: count for kind, count in self.reasons.most_common()}
+        del value["first"]
         value["notes"] = dict(sorted((kind, count) for kind, count in self.notes.items() if count))
         return {"step": value.pop("step"), "entered": value.pop("entered"), "left": self.left, **value}
+
+
+def _told_apart(kind: str, known: Counter[str]) -> str:
+    """The kind itself; `others` where there are too many already."""
+    return kind if kind in known or len(known) < MAX_KINDS else "others"
 
 
 def dropped(origin: Origin, step: str, drop: Drop) -> Dropped:

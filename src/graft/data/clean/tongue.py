@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 from graft.config.base import did_you_mean
 from graft.config.clean import Language
 from graft.data.clean.language import UNKNOWN, detect_language, known_languages
@@ -22,8 +25,29 @@ def check_languages(settings: Language) -> None:
     known = known_languages()
     for code in (*settings.keep, *settings.skip):
         if code not in known:
-            hint = did_you_mean(code, known) or f"; known are {', '.join(known)}"
-            raise ConfigError(f"step language: no language `{code}`{hint} (ISO 639 codes, such as en, zh)")
+            raise ConfigError(
+                f"step language: no language `{code}`{_nearest(code, known)} Known are, by ISO 639: {', '.join(known)}"
+            )
+
+
+_MISTAKEN = {
+    **{"cn": "zh", "tw": "zh", "hk": "zh", "jp": "ja", "kr": "ko", "gr": "el", "cz": "cs", "dk": "da", "se": "sv"},
+    **{"ua": "uk", "vn": "vi", "iw": "he", "in": "id", "by": "be", "ir": "fa", "us": "en", "gb": "en", "eng": "en"},
+    **{"zho": "zh", "chi": "zh", "cmn": "zh", "jpn": "ja", "kor": "ko", "deu": "de", "ger": "de", "fra": "fr"},
+    **{"fre": "fr", "spa": "es", "ita": "it", "por": "pt", "rus": "ru", "ara": "ar", "nld": "nl", "dut": "nl"},
+    **{"english": "en", "chinese": "zh", "mandarin": "zh", "japanese": "ja", "korean": "ko", "german": "de"},
+    **{"french": "fr", "spanish": "es", "italian": "it", "portuguese": "pt", "russian": "ru", "arabic": "ar"},
+    **{"dutch": "nl", "polish": "pl", "turkish": "tr", "ukrainian": "uk", "vietnamese": "vi", "hindi": "hi"},
+}
+"""Countries, three-letter codes and names that stand where a two-letter code is meant."""
+
+
+def _nearest(code: str, known: Sequence[str]) -> str:
+    """`; did you mean X?` for the code that is meant, or a full stop."""
+    plain = code.strip().lower()
+    base = re.split("[-_]", plain)[0]  # zh-CN, pt_BR
+    meant = next((word for word in (plain, base, _MISTAKEN.get(plain), _MISTAKEN.get(base)) if word in known), None)
+    return f"; did you mean `{meant}`?" if meant else did_you_mean(plain, known) or "."
 
 
 def filter_language(conversation: Conversation, settings: Language, notes: Notes) -> Result:

@@ -6,6 +6,7 @@ Speaks of calls, functions and arguments. Knows no turns, files, columns or form
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,7 +78,28 @@ def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
     return {("parameters" if key == "input_schema" else key): value for key, value in tool.items() if key != "type"}
 
 
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+def tagged_blocks(text: str, tag: str, start: int = 0) -> tuple[list[str], int]:
+    """The insides of the blocks `<tag>...</tag>` that stand one after the other from `start` on, with nothing but
+    blanks between them, and where the last one and the blanks after it end.
+
+    Every character is looked at once, however often a tag is opened and never closed.
+    """
+    opening, closing = f"<{tag}>", f"</{tag}>"
+    blocks: list[str] = []
+    while text.startswith(opening, start):
+        inside = start + len(opening)
+        end = text.find(closing, inside)
+        if end < 0:
+            break
+        blocks.append(text[inside:end])
+        blanks = _BLANKS.match(text, end + len(closing))
+        assert blanks is not None  # it matches no blanks too
+        start = blanks.end()
+    return blocks, start
+
+
+_BLANKS = re.compile(r"\s*")
+_OPEN = "<tool_call>"
 
 
 def has_tagged_calls(content: str) -> bool:
@@ -99,16 +121,12 @@ def split_tagged_calls(content: str, place: str) -> tuple[str, list[dict[str, An
 
 def _tagged(content: str) -> tuple[str, list[str]]:
     """The text and the insides of its last blocks; without blocks where anything else follows them."""
-    said, _, rest = content.partition(_OPEN)
-    blocks: list[str] = []
-    rest = _OPEN + rest
-    while rest.startswith(_OPEN):
-        inside, closed, rest = rest[len(_OPEN) :].partition(_CLOSE)
-        inside, rest = inside.strip(), rest.lstrip()
-        if not closed or not inside.startswith(("{", "[")):
-            return content, []
-        blocks.append(inside)
-    return (content, []) if rest else (said.rstrip(), blocks)
+    first = content.find(_OPEN)
+    found, end = tagged_blocks(content, "tool_call", first)
+    blocks = [inside.strip() for inside in found]
+    if end < len(content) or not all(inside.startswith(("{", "[")) for inside in blocks):
+        return content, []
+    return content[:first].rstrip(), blocks
 
 
 def _literal(text: str) -> Any:

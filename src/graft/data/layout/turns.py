@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
-from graft.data.layout.calls import calls_in_text, read_call, split_tagged_calls
+from graft.data.layout.calls import calls_in_text, read_call, split_tagged_calls, tagged_blocks
 from graft.data.values import UnfitError, kind, list_of, text_of
 from graft.types import Message, Role
 
@@ -52,12 +52,13 @@ def split_think(content: str) -> tuple[str | None, str]:
     An empty block, as Qwen3 writes it for "no thinking", is reasoning None. Newlines around the reasoning and before
     the answer belong to the block: every template that knows reasoning writes its own.
     """
-    while found := _THINK.match(content):
-        content = content[found.end() :]
+    end = 0
+    while found := _THINK.match(content, end):
+        end = found.end()
         reasoning = found[1].strip("\n")
         if reasoning.strip():
-            return reasoning, content
-    return None, content
+            return reasoning, content[end:]
+    return None, content[end:]
 
 
 def read_turns(values: Sequence[Any], place: str) -> list[Turn]:
@@ -104,13 +105,10 @@ def _tool_results(value: Mapping[str, Any], place: str) -> list[Turn]:
     said = value.get("value")
     if not isinstance(said, str) or "<tool_response>" not in said or _role(value) != "tool":
         return []
-    blocks = _RESPONSE.findall(said)
-    if _RESPONSE.sub("", said).strip():
+    blocks, end = tagged_blocks(said, "tool_response", len(said) - len(said.lstrip()))
+    if end < len(said):
         return []
     return [Turn(place, Message("tool", block.strip())) for block in blocks]
-
-
-_RESPONSE = re.compile(r"<tool_response>(.*?)</tool_response>", re.DOTALL)
 
 
 def _is_result(part: Any) -> bool:

@@ -90,6 +90,11 @@ def _by_value(given: Sequence[str], seen: Collection[str], where: str) -> Labels
             raise ConfigError(f"--labels: {word!r} is not VALUE=NAME like the others, for example 0=negative")
         if value in of:
             raise ConfigError(f"--labels: the value {value} is named twice, {of[value]} and {name}")
+        if twin := next((other for other, taken in of.items() if taken == name), None):
+            raise ConfigError(
+                f"--labels: the values {twin} and {value} are both called `{name}`: answers could not be told apart; give "
+                "each a name of its own"
+            )
         of[value] = name
     if seen and of.keys().isdisjoint(seen):
         raise InputError(f"{where}: has the values {_shown(sorted(seen))}, but --labels names {_shown(list(of))}")

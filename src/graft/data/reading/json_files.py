@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from graft.data.reading.json_list import ListError, not_utf8, stream_list
 from graft.data.reading.rows import BOM, File, Raw, make_row, reject_row
 from graft.data.values import MAX_DEPTH, kind, parse_json
 from graft.errors import InputError
@@ -21,22 +22,21 @@ WRAPPERS = ("data", "train", "rows")
 def read_jsonl(file: File) -> Iterator[Raw]:
     """Lines, unless the file turns out to be a json list by another name."""
     first, _ = _first_line(file)
-    if not first.startswith(b"["):
-        return _read_lines(file)
-    try:
-        value = parse_json(_whole(file).decode())
-    except ValueError:
-        return _read_lines(file)
-    return _read_elements(file, value) if isinstance(value, list) else _read_lines(file)
+    return _read_list(file) if first.startswith(b"[") and _is_list(file) else _read_lines(file)
 
 
 def read_json(file: File) -> Iterator[Raw]:
-    """A list of objects, an object that wraps one, or lines of objects (jsonl by another name)."""
+    """A list of objects, an object that wraps one, or lines of objects (jsonl by another name).
+
+    A list is read element by element; where it is broken, the rows before that have been given already.
+    """
     first, more = _first_line(file)
     if not first:
         return iter(())
-    if more and _is_object(first):
+    if more and _is_value(first):
         return _read_lines(file)
+    if first.startswith(b"["):
+        return _read_list(file)
     data = _whole(file)
     try:
         value = parse_json(data.decode())
@@ -44,10 +44,7 @@ def read_json(file: File) -> Iterator[Raw]:
         line = data.count(b"\n", 0, error.start) + 1
         if _has_object_lines(data):
             return _read_lines(file)
-        raise InputError(
-            f"{file.path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8, "
-            "for example: iconv -f GB18030 -t UTF-8"
-        ) from None
+        raise InputError(f"{file.path}:{line}: {not_utf8(error)}") from None
     except json.JSONDecodeError as error:
         if _has_object_lines(data):
             return _read_lines(file)
@@ -105,23 +102,49 @@ def parse_line(origin: Origin, line: bytes) -> Raw:
         return reject_row(origin, "", f"unusable JSON: {error}")
 
 
+LONGEST_LINE = 1 << 20
+"""Bytes of a first line that are looked at: a list of gigabytes may be one line."""
+
+
 def _first_line(file: File) -> tuple[bytes, bool]:
-    """The first line that is not blank, stripped, and whether another one follows it."""
+    """The first line that is not blank, or as much of it as is looked at, stripped, and whether more follows."""
     first = b""
     with file.open() as lines:
-        for number, line in enumerate(lines):
+        number = 0
+        while line := lines.readline(LONGEST_LINE):
             content = (line.removeprefix(BOM) if number == 0 else line).strip()
+            number += 1
             if content and first:
                 return first, True
             first = first or content
     return first, False
 
 
+def _is_value(line: bytes) -> bool:
+    """Whether a line is by itself an object, or a list: then the lines are rows, if not good ones."""
+    return _is_object(line) or (line.endswith(b"]") and _is_json(line, list))
+
+
 def _is_object(line: bytes) -> bool:
+    return _is_json(line, dict)
+
+
+def _is_json(line: bytes, what: type) -> bool:
     try:
-        return isinstance(parse_json(line.decode()), dict)
+        return isinstance(parse_json(line.decode()), what)
     except ValueError:  # also no UTF-8
         return False
+
+
+def _is_list(file: File) -> bool:
+    """Whether a file is one JSON list from its beginning to its end."""
+    with file.open() as content:
+        try:
+            for _ in stream_list(content):
+                pass
+        except ListError:
+            return False
+    return True
 
 
 def _has_object_lines(data: bytes) -> bool:
@@ -144,6 +167,14 @@ def _unwrap(file: File, value: Any) -> list[Any]:
 
 def _has_objects(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(item, Mapping) for item in value)
+
+
+def _read_list(file: File) -> Iterator[Raw]:
+    with file.open() as content:
+        try:
+            yield from _read_elements(file, stream_list(content))
+        except ListError as error:
+            raise InputError(f"{file.path}:{error.line}: {error.reason}") from None
 
 
 def _read_elements(file: File, values: Iterable[Any]) -> Iterator[Raw]:

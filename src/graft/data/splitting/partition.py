@@ -232,9 +232,14 @@ def _spool(folder: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _overlaps_file(path: Path, wanted: Wanted) -> Iterator[Write]:
-    """Lists overlaps that are only reported; made when such are looked for."""
+    """Lists overlaps that are only reported. Made when such are looked for; else that of an earlier split goes, once
+    this one has come to its end: its lines would be about other parts."""
     if wanted.check or (wanted.against and not wanted.drop):
         with line_writer(path) as write:
             yield write
-    else:
-        yield lambda row: None
+        return
+    yield lambda row: None
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: is from an earlier split and cannot be removed ({error.strerror})") from None
