@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model_validator
 
 from graft.config.base import Settings, did_you_mean
 
@@ -30,6 +30,29 @@ class Source(Settings):
     """What its columns are called where their names say nothing to graft, ours to theirs: {question: Frage}."""
     weight: float = Field(default=1.0, gt=0, le=1000)
     """How often each of its conversations appears in an epoch: 2 is twice, 0.5 is another half every epoch."""
+    _by_options: bool = PrivateAttr(default=False)
+
+    def by_options(self) -> Self:
+        """The same, named in a command that has the options --format and --columns: messages then speak of those."""
+        self._by_options = True
+        return self
+
+    def how_to_name(self, columns: Mapping[str, str]) -> str:
+        """How the user says what the columns are called, ours to theirs, where they named this source."""
+        pairs = ",".join(f"{ours}={theirs}" for ours, theirs in columns.items())
+        if self._by_options:
+            return f"--columns {pairs}"
+        inner = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
+        return (
+            f"`data: [{{path: {self.path}, columns: {{{inner}}}}}]` in a recipe, or write it anew first: graft data "
+            f"import {self.path} --columns {pairs} --out FILE"
+        )
+
+    def how_to_ask_for(self, form: str) -> str:
+        """How the user says which format the rows have."""
+        return (
+            f"--format {form}" if self._by_options else f"`data: [{{path: {self.path}, format: {form}}}]` in a recipe"
+        )
 
     @field_validator("columns")
     @classmethod

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from graft.config.data import Source
-from graft.data.layout.choose import Choice, choose
+from graft.data.layout.choose import Choice, NotRowsError, choose
 from graft.data.layout.formats import to_conversation, unused_message_keys
 from graft.data.reading.read import Part, open_address
 from graft.data.tally import PartTally, Tally
@@ -58,11 +58,21 @@ def stream_sources(
         InputError: a file cannot be read, fits no format, or is named twice.
     """
     taken: Counter[str] = Counter()
+    passed: NotRowsError | None = None
     for source, part in _parts(sources, tally):
-        choice = choose(part.name, source, part.rows(), require_answer)
+        try:
+            choice = choose(part.name, _as_listed(source, part), part.rows(), require_answer)
+        except NotRowsError as error:
+            if not part.among_others:
+                raise
+            tally.decisions.append(f"{part.name}: passed over, it holds no rows of data ({error.why})")
+            passed = error
+            continue
         tally.decisions += choice.notes
         tally.parts.append(PartTally(part.name, choice.form.name))
         yield from _stream(source, part, choice, tally, taken, require_answer, check)
+    if passed is not None and not tally.parts:  # nothing else was there
+        raise passed
 
 
 def _parts(sources: Sequence[Source], tally: Tally) -> Iterator[tuple[Source, Part]]:
@@ -80,6 +90,14 @@ def _parts(sources: Sequence[Source], tally: Tally) -> Iterator[tuple[Source, Pa
             seen.update(part.files)
             found.append((source, part))
     yield from found
+
+
+def _as_listed(source: Source, part: Part) -> Source:
+    """The source with the format and the columns that a catalogue gives its data, where the user gave none."""
+    if part.entry is None:
+        return source
+    form = part.entry.format if source.format == "auto" else source.format
+    return source.model_copy(update={"format": form, "columns": {**part.entry.columns, **source.columns}})
 
 
 def only_conversations(

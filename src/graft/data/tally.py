@@ -92,5 +92,5 @@ class Tally:
             lines.append("nothing is left; correct the rows, or see docs/data.md for the formats")
         else:
             enough = math.ceil(share * 1000) / 1000
-            lines.append(f"correct the rows, or go on without them: max_rejected={enough:g}")
+            lines.append(f"correct the rows, or go on without them: --max-rejected {enough:g} (max_rejected={enough:g} for train)")
         raise DataRefused("\n".join(lines))

@@ -83,7 +83,7 @@ def sources_of(files: Sequence[str], form: str, columns: str | None = None) -> l
             f"--columns {columns}: is written OURS=THEIRS, for example --columns question=Frage,answer=Text"
         )
     named = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
-    return [load(Source, flags={"path": file, "format": form, "columns": named}) for file in files]
+    return [load(Source, flags={"path": file, "format": form, "columns": named}).by_options() for file in files]
 
 
 def report(tally: Tally, rejects: Path, written: dict[str, int], notes: Sequence[str], as_json: bool) -> None:

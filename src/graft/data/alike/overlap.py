@@ -151,32 +151,59 @@ def _index(texts: Sequence[str], prompts: Index) -> tuple[Hashes, Index, Index]:
     An n-gram belongs to the first text of each prompt (`prompts` [texts], as numbers) that has it. It is telling
     unless the wording of the task is in it: a PHRASE that too many prompts share.
     """
-    phrases, phrase_offsets = _all_windows(texts, PHRASE)
+    common, phrase_offsets = _common_before(texts, prompts)
     grams, offsets = _all_windows(texts, GRAM)
-    owner = np.repeat(np.arange(len(texts)), np.diff(offsets))
-    common = np.concatenate([np.zeros(1, np.int64), np.cumsum(_common(phrases, phrase_offsets, prompts))])
+    owner = np.repeat(np.arange(len(texts), dtype=np.int32), np.diff(offsets))
     start = np.arange(len(grams)) + (phrase_offsets[:-1] - offsets[:-1])[owner]  # the phrase at the n-gram's beginning
     telling = common[start + GRAM - PHRASE + 1] == common[start]
+    del common, start
     grams, owner = grams[telling], owner[telling]
-    order = np.lexsort((owner, prompts[owner], grams))
-    grams, owner = grams[order], owner[order]
-    first = np.ones(len(grams), np.bool_)
-    first[1:] = (grams[1:] != grams[:-1]) | (prompts[owner[1:]] != prompts[owner[:-1]])
-    return grams[first], owner[first], np.bincount(owner[first], minlength=len(texts))
+    found, owners = [grams[:0]], [owner[:0]]
+    for part in _ranges(grams):
+        some, of = grams[part], owner[part]
+        order = np.lexsort((of, prompts[of], some))
+        some, of = some[order], of[order]
+        first = np.ones(len(some), np.bool_)
+        first[1:] = (some[1:] != some[:-1]) | (prompts[of[1:]] != prompts[of[:-1]])
+        found.append(some[first])
+        owners.append(of[first])
+    grams, owner = np.concatenate(found), np.concatenate(owners)
+    return grams, owner.astype(np.int64), np.bincount(owner, minlength=len(texts))
 
 
-def _common(phrases: Hashes, offsets: Index, prompts: Index) -> npt.NDArray[np.bool_]:
-    """[phrases] whether the phrase occurs in more than COMMON prompts, or in over half of them (and in three)."""
+_RANGE = 1 << 21
+"""Hashes sorted at once: the working memory of a sort is several times theirs."""
+
+
+def _ranges(hashes: Hashes) -> Iterable[npt.NDArray[np.int64]]:
+    """The places of all hashes, in pieces by their highest bits: sorted piece by piece, all are sorted."""
+    bits = max(0, (len(hashes) // _RANGE).bit_length())
+    high = (hashes >> np.uint64(64 - bits)).astype(np.uint16) if bits else np.zeros(len(hashes), np.uint16)
+    for number in range(1 << bits):
+        yield np.flatnonzero(high == number)
+
+
+def _common_before(texts: Sequence[str], prompts: Index) -> tuple[Index, Index]:
+    """[phrases + 1] how many common phrases stand before each one, and the offsets [texts + 1] of each text's."""
+    phrases, offsets = _all_windows(texts, PHRASE)
+    of_prompt = np.repeat(prompts.astype(np.int32), np.diff(offsets))
+    most = min(COMMON, max(2, len(np.unique(of_prompt)) // 2))
+    before = np.zeros(len(phrases) + 1, np.int32)
+    for part in _ranges(phrases):
+        before[1 + part] = _common(phrases[part], of_prompt[part], most)
+    return np.cumsum(before, out=before), offsets
+
+
+def _common(phrases: Hashes, prompt: npt.NDArray[np.int32], most: int) -> npt.NDArray[np.bool_]:
+    """[phrases] whether the phrase occurs in more than `most` prompts: COMMON, or half of them (and two)."""
     if not len(phrases):
         return np.zeros(0, np.bool_)
-    prompt = np.repeat(prompts, np.diff(offsets))
     order = np.lexsort((prompt, phrases))
     ordered, of = phrases[order], prompt[order]
     new = np.concatenate([np.ones(1, np.bool_), ordered[1:] != ordered[:-1]])
     another = new | np.concatenate([np.ones(1, np.bool_), of[1:] != of[:-1]])
     number = np.cumsum(new) - 1  # of the distinct phrase
     counts = np.bincount(number, weights=another)
-    most = min(COMMON, max(2, len(np.unique(prompts)) // 2))
     found = np.zeros(len(phrases), np.bool_)
     found[order] = (counts > most)[number]
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from graft.config.data import COLUMNS
+from graft.config.data import COLUMNS, Source
 from graft.errors import InputError
 
 SIDE_ALIASES: Mapping[str, tuple[str, ...]] = {
@@ -61,11 +61,11 @@ def side_columns(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def infer_columns(names: Sequence[str], file: str) -> dict[str, str]:
+def infer_columns(names: Sequence[str], file: str, source: Source | None = None) -> dict[str, str]:
     """Our names for the columns of a file that fits no format as it stands, ours: theirs.
 
     First other spellings (Question, 问题), then one column that can be the question and one that can be the answer.
-    Nothing where it takes more than that.
+    Nothing where it takes more than that. `source` is where the user named the file.
 
     Raises:
         InputError: two columns could be the same one; names both.
@@ -77,18 +77,18 @@ def infer_columns(names: Sequence[str], file: str) -> dict[str, str]:
         if ours not in COLUMNS and ours not in (*QUESTION, *ANSWER, *WEAK_ANSWER):
             continue
         if ours in spelt:
-            raise InputError(_ambiguous(file, ours, [spelt[ours], name]))
+            raise InputError(_ambiguous(file, ours, [spelt[ours], name], source))
         spelt[ours] = name
     asks, answers = [name for name in QUESTION if name in spelt], [name for name in ANSWER if name in spelt]
     answers = answers or [name for name in WEAK_ANSWER if name in spelt]
     taken: dict[str, str] = {}
     if asks and answers:
         if len(answers) > 1:
-            raise InputError(_ambiguous(file, "answer", [spelt[name] for name in answers]))
+            raise InputError(_ambiguous(file, "answer", [spelt[name] for name in answers], source))
         if set(asks) == {"instruction", "input"}:
             taken = {"instruction": "instruction", "input": "input", "output": answers[0]}
         elif len(asks) > 1:
-            raise InputError(_ambiguous(file, "question", [spelt[name] for name in asks]))
+            raise InputError(_ambiguous(file, "question", [spelt[name] for name in asks], source))
         else:
             taken = {"question": asks[0], "answer": answers[0]}
     found = {ours: spelt[plain] for ours, plain in taken.items()}
@@ -96,11 +96,9 @@ def infer_columns(names: Sequence[str], file: str) -> dict[str, str]:
     return found | {ours: name for ours, name in others.items() if ours != name}
 
 
-def _ambiguous(file: str, ours: str, theirs: Sequence[str]) -> str:
-    return (
-        f"{file}: its columns {' and '.join(theirs)} could each be the {ours}; say which: "
-        f"--columns {ours}={theirs[0]}, or `columns: {{{ours}: {theirs[0]}}}` in a recipe"
-    )
+def _ambiguous(file: str, ours: str, theirs: Sequence[str], source: Source | None) -> str:
+    how = (source or Source(path=file)).how_to_name({ours: theirs[0]})
+    return f"{file}: its columns {' and '.join(theirs)} could each be the {ours}; say which: {how}"
 
 
 def said(columns: Mapping[str, str]) -> str:

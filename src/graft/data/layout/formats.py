@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from graft.config.data import Source
 from graft.data.layout import layouts
 from graft.data.layout.calls import read_tools
 from graft.data.layout.columns import SIDE_ALIASES
@@ -104,8 +105,8 @@ RESERVED = frozenset(
 """Columns that mean something to a format: never written as they are when they are only `meta`."""
 
 
-def detect(rows: Sequence[Columns], file: str, required: bool = True) -> Format:
-    """The format that most of the rows fit, by their columns alone.
+def detect(rows: Sequence[Columns], file: str, required: bool = True, source: Source | None = None) -> Format:
+    """The format that most of the rows fit, by their columns alone. `source` is where the user named the file.
 
     Raises:
         InputError: not one row fits any format; names the columns found and the formats known.
@@ -114,12 +115,12 @@ def detect(rows: Sequence[Columns], file: str, required: bool = True) -> Format:
     for row in rows:
         votes.update([name for name, item in FORMATS.items() if item.fit(row, True, required)][:1])
     if not votes:
-        raise InputError(f"{file}: no format fits {_columns_found(rows)}; {_advice(rows)}")
+        raise InputError(f"{file}: no format fits {_columns_found(rows)}; {_advice(rows, source or Source(path=file))}")
     best = max(votes.values())
     return next(item for name, item in FORMATS.items() if votes[name] == best)
 
 
-def _advice(rows: Sequence[Columns]) -> str:
+def _advice(rows: Sequence[Columns], source: Source) -> str:
     """What can be done with rows that fit no format."""
     names = [name for name, _ in Counter(name for row in rows for name in row).most_common()]
     if names and all(NAMELESS.fullmatch(name) for name in names):
@@ -128,20 +129,26 @@ def _advice(rows: Sequence[Columns]) -> str:
             "becomes conversations with `graft data prompts`"
         )
     if labels := [name for name in names if name.strip().lower() in _LABELS]:
-        learn = "; to learn its `text` by heart, say format: text" if "text" in names else ""
+        learn = f"; to learn its `text` by heart, say {source.how_to_ask_for('text')}" if "text" in names else ""
         return f"with `{labels[0]}` it looks like a labelled set: `graft data prompts` makes conversations of it{learn}"
     if asks := [name for name in names for item in FORMATS.values() if name in item.asks]:
         return (
-            f"`{asks[0]}` has questions without answers: --questions keeps them as such, `graft data synth` has them "
-            "answered"
+            f"`{asks[0]}` has questions without answers: `graft data import --questions` keeps them as such, `graft data "
+            "synth` has them answered"
         )
-    hint = "; to learn its `text` by heart and leave the other columns, say format: text" if "text" in names else ""
+    learn = "; to learn its `text` by heart and leave the other columns, say "
+    hint = learn + source.how_to_ask_for("text") if "text" in names else ""
     known = ", ".join(f"{item.name} ({', '.join(item.columns[0])})" for item in FORMATS.values())
-    say = f"text={names[0]}, to learn it by heart" if len(names) == 1 else "question=A,answer=B"
-    return f"known are {known}; rename its columns to those, or say what they are: --columns {say}{hint}"
+    say = {"text": names[0]} if len(names) == 1 else {"question": "A", "answer": "B"}
+    heart = ", to learn it by heart" if len(names) == 1 else ""
+    return (
+        f"known are {known}; rename its columns to those, or say what they are: {source.how_to_name(say)}{heart}{hint}"
+    )
 
 
-def check_asked(asked: Format, rows: Sequence[Columns], file: str, required: bool = True) -> None:
+def check_asked(
+    asked: Format, rows: Sequence[Columns], file: str, required: bool = True, source: Source | None = None
+) -> None:
     """Refuse a file of which no row fits the format that the user named.
 
     Raises:
@@ -149,9 +156,10 @@ def check_asked(asked: Format, rows: Sequence[Columns], file: str, required: boo
     """
     if not any(asked.fit(row, required=required) for row in rows):
         need = " or ".join(", ".join(columns) for columns in asked.columns)
+        how = (source or Source(path=file)).how_to_name({name: "THEIRS" for name in asked.columns[0]})
         raise InputError(
             f"{file}: format {asked.name} needs the columns {need}, but no row fits; it has {_columns_found(rows)}; "
-            "rename columns, say what they are (--columns), or leave `format` out to have it detected"
+            f"rename columns, leave the format out to have it detected, or say what they are: {how}"
         )
 
 

@@ -32,6 +32,10 @@ class TemplateFailure(Exception):
     of it: whoever knows the template and the row makes an error or a reject of it."""
 
 
+class NothingToAsk(TemplateFailure):
+    """It runs, and has nothing to say about this row: its prompt or its answer comes out empty."""
+
+
 class TooSlow(TemplateFailure):
     """It ran out of time. What is left out must not depend on the machine, so this ends the work."""
 

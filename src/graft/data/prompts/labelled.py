@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.config.prompts import Prompts
+from graft.data.layout.choose import NotRowsError, is_description, refuse_unreadable
 from graft.data.prompts.columns import Assigned, any_role, as_json, assign, find_column, first_answer, json_answer
 from graft.data.prompts.columns import role_value as text_of_role
 from graft.data.prompts.headerless import read_headerless
@@ -194,25 +195,33 @@ def open_labelled(
     seen: set[str] = set()
     stems: Counter[str] = Counter()
     for address in addresses:
-        for number, (name, files) in enumerate(_parts(address, settings.header)):
+        for number, (name, files, among_others) in enumerate(_parts(address, settings.header)):
             if seen.intersection(files):
                 raise InputError(f"{name}: named twice; name every file once")
             seen.update(files)
-            sample = _sample(name, _raw_rows(address, number, settings.header))
-            shape, said = _shape(name, sample, task, settings, by_column, answered)
+            try:
+                rows = _raw_rows(address, number, settings.header)
+                shape, said = _shape_of(name, rows, task, settings, by_column, answered)
+            except NotRowsError as error:
+                if not among_others:
+                    raise
+                decisions.append(f"{name}: passed over, it holds no rows of data ({error.why})")
+                continue
             decisions += said
             stem = Path(name).stem or name
             stems[stem] += 1
             stem = stem if stems[stem] == 1 else f"{stem}#{stems[stem]}"
             pieces.append(Piece(name, shape, address, number, settings.header, stem))
+    if not pieces:
+        raise InputError(f"{', '.join(addresses)}: no file there holds rows of data")
     return Opened(pieces, decisions)
 
 
-def _parts(address: str, header: tuple[str, ...]) -> list[tuple[str, tuple[str, ...]]]:
-    """Name and files of each part of an address."""
+def _parts(address: str, header: tuple[str, ...]) -> list[tuple[str, tuple[str, ...], bool]]:
+    """Name and files of each part of an address, and whether it is one of several in a folder."""
     if header:
-        return [(address, (str(Path(address).resolve()),))]
-    return [(part.name, part.files) for part in open_address(address).parts]
+        return [(address, (str(Path(address).resolve()),), False)]
+    return [(part.name, part.files, part.among_others) for part in open_address(address).parts]
 
 
 def _raw_rows(address: str, number: int, header: tuple[str, ...]) -> Iterator[Raw]:
@@ -221,14 +230,29 @@ def _raw_rows(address: str, number: int, header: tuple[str, ...]) -> Iterator[Ra
     return open_address(address).parts[number].rows()
 
 
-def _sample(name: str, rows: Iterator[Raw]) -> list[dict[str, Any]]:
+def _shape_of(
+    name: str, rows: Iterator[Raw], task: Task, settings: Prompts, by_column: bool, answered: bool
+) -> tuple[Shape, list[str]]:
+    """How a part is read, by its first rows, and the decisions in words.
+
+    Raises:
+        NotRowsError: it holds no rows, but a description of some.
+        InputError: not one of them can be read, or a column is missing.
+    """
     head = list(islice(rows, SAMPLE_ROWS))
     sample = [_flat(raw.value) for raw in head if not isinstance(raw.value, Reject)]
     if not sample:
-        first = next((raw.value for raw in head if isinstance(raw.value, Reject)), None)
-        why = f"; the first, line {first.line}: {first.reason}" if first else ""
-        raise InputError(f"{name}: none of its first {len(head)} rows can be read{why}")
-    return sample
+        refuse_unreadable(name, head)
+    why_not = f"one object with {', '.join([*sample[0]][:6])}"
+    fits = not {role.name for role in task.roles}.isdisjoint(sample[0])
+    if by_column and not fits and is_description(name, head, sample):
+        raise NotRowsError(f"{name}: has none of the columns that the templates name", why_not)
+    try:
+        return _shape(name, sample, task, settings, by_column, answered)
+    except InputError as error:
+        if is_description(name, head, sample):
+            raise NotRowsError(str(error), why_not) from None
+        raise
 
 
 def _shape(

@@ -15,7 +15,7 @@ from typing import Any
 
 from graft.config.prompts import Prompts
 from graft.data.prompts.draw import Draw
-from graft.data.prompts.filters import TemplateFailure, TooSlow
+from graft.data.prompts.filters import NothingToAsk, TemplateFailure, TooSlow
 from graft.data.prompts.labelled import Labelled, Piece
 from graft.data.prompts.labels import Labels
 from graft.data.prompts.shots import Pool
@@ -30,6 +30,8 @@ OWN_META = ("template", "task", "lang", "form", "label", "choices", "target", "r
 """Columns that say how a conversation was made. They win over columns of the data with the same name."""
 
 MOST_REASONS = 1000
+FAILURES_IN_A_ROW = 100
+"""So many rows in a row on which a template breaks, without one on which it works, and it is tried no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +54,9 @@ class Counts:
     passed_over: Counter[str] = field(default_factory=Counter)
     """How often a template had nothing to ask about a row, by template and reason."""
 
-    def pass_over(self, template: str, failure: TemplateFailure) -> None:
+    def pass_over(self, template: str, said: str) -> None:
         """Count it; reasons may quote the row, so only so many are told apart."""
-        reason = f"{template}: {failure}"
+        reason = f"{template}: {said}"
         if reason not in self.passed_over and len(self.passed_over) >= MOST_REASONS:
             reason = f"{template}: another reason"
         self.passed_over[reason] += 1
@@ -75,6 +77,10 @@ class Maker:
     positions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """For promptsource's templates, by name: where each label stands among the template's own answers."""
     counts: Counts = field(default_factory=Counts)
+    broken: dict[str, str] = field(default_factory=dict)
+    """Templates that are tried no more, by name, and why."""
+    _failures: Counter[str] = field(default_factory=Counter)
+    """On how many rows in a row each template broke."""
 
     def make(self, tally: Tally) -> Iterator[Made | Reject]:
         """All rows in order: each gives its conversations, or one reject. Counts rows into `tally`.
@@ -104,6 +110,10 @@ class Maker:
         made: list[Conversation] = []
         why: dict[str, str] = {}
         for template in order:
+            if template.name in self.broken:
+                why[template.name] = self.broken[template.name]
+                self.counts.pass_over(template.name, why[template.name])
+                continue
             try:
                 made.append(self._conversation(named, template, source))
             except TooSlow as failure:
@@ -113,8 +123,11 @@ class Maker:
                 ) from None
             except TemplateFailure as failure:
                 why[template.name] = str(failure)
-                self.counts.pass_over(template.name, failure)
+                self.counts.pass_over(template.name, str(failure))
+                if not isinstance(failure, NothingToAsk):
+                    self._note_failure(template.name, str(failure))
                 continue
+            self._failures[template.name] = 0
             self.counts.templates[template.name] += 1
             if len(made) == wanted:
                 break
@@ -127,6 +140,12 @@ class Maker:
         name, reason = next(iter(why.items()))
         more = f" (nor do {len(why) - 1} other templates fit)" if len(why) > 1 else ""
         return Reject(row.origin.file, row.origin.line, "", f"template {name}: {reason}{more}")
+
+    def _note_failure(self, name: str, why: str) -> None:
+        self._failures[name] += 1
+        if self._failures[name] == FAILURES_IN_A_ROW:
+            self.broken[name] = f"broke on {FAILURES_IN_A_ROW} rows in a row and is tried no more ({why})"
+            self.notes.append(f"template {name} {self.broken[name]}; correct it, or leave it out with --template")
 
     def _named(self, row: Labelled) -> Labelled | Reject:
         """The row with its label's name."""

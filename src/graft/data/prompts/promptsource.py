@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graft.data.prompts.draw import Draw
-from graft.data.prompts.filters import TemplateFailure
+from graft.data.prompts.filters import NothingToAsk, TemplateFailure
 from graft.data.prompts.sandbox import Compiled, compiled
 from graft.data.prompts.template import Form, Rendered, Template
 from graft.errors import InputError
@@ -74,12 +74,12 @@ class SourceTemplate:
         parts = self.jinja.render(protected | {"answer_choices": own}, draw).split(BETWEEN)
         prompt, *rest = (part.replace(PROTECTED, BETWEEN).strip() for part in parts)
         if not prompt:
-            raise TemplateFailure("it does not apply: its prompt comes out empty")
+            raise NothingToAsk("it does not apply: its prompt comes out empty")
         if not answered:
             return Rendered(prompt, None, tuple(own))
         if len(rest) != 1 or not rest[0]:
             found = "no answer" if not any(rest) else f"{len(rest)} answers"
-            raise TemplateFailure(f"it does not apply: it gives {found}")
+            raise NothingToAsk(f"it does not apply: it gives {found}")
         return Rendered(prompt, rest[0], tuple(own), rest[0] if rest[0] in own else None)
 
     def _choices(self, row: Mapping[str, Any], draw: Draw) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 from graft.data.prompts.draw import Draw
-from graft.data.prompts.filters import TemplateFailure
+from graft.data.prompts.filters import NothingToAsk, TemplateFailure
 from graft.data.prompts.sandbox import Compiled
 
 Form = Literal["word", "letter", "number", "json", "text"]
@@ -115,7 +115,7 @@ class PromptTemplate:
             shown |= {"choices": list(choices), "keys": keys, "options": options}
         prompt = self.prompt.render(shown, draw).strip()
         if not prompt:
-            raise TemplateFailure("the prompt comes out empty")
+            raise NothingToAsk("the prompt comes out empty")
         if not answered:
             return Rendered(prompt, None, tuple(choices))
         label = row.get("label") if choices else None
@@ -123,5 +123,5 @@ class PromptTemplate:
             shown |= {"label": label, "key": keys[list(choices).index(label)]}
         target = self.target.render(shown, draw).strip()
         if not target:
-            raise TemplateFailure("the answer comes out empty")
+            raise NothingToAsk("the answer comes out empty")
         return Rendered(prompt, target, tuple(choices), label)

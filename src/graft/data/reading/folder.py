@@ -62,6 +62,11 @@ def choose_files(folder: Path, split: str, suffixes: Sequence[str], text: Sequen
     return Chosen(files, not tables, notes)
 
 
+def is_split(word: str) -> bool:
+    """Whether a word stands for train, val or test."""
+    return word.lower() in _SPLITS
+
+
 def split_of(path: Path) -> str:
     """train, val or test where a word of the path says so, the file's name before its folders'; else nothing."""
     for part in (file_of(path).path.name, *reversed(path.parent.parts)):

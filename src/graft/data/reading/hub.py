@@ -5,6 +5,7 @@ Speaks of data set names, configurations, revisions, splits and rows. Knows no f
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ class HubSet:
     config: str | None
     revision: str | None
     split: str | None
+    """A split, or a part of one by row numbers: train, train[:1000], train[1000:2000]."""
+    folder: str | None = None
+    """Folder of the repository to which the data are limited."""
 
 
 def parse_address(address: str) -> HubSet:
@@ -55,13 +59,21 @@ def read_hub(wanted: HubSet) -> Iterator[Raw]:
         raise InputError(
             f"{wanted.address}: needs the datasets library; install it with: pip install 'graft-llm[hub]'"
         ) from None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what comes of them is said below
+    first, end = _slice(wanted)
     number = 0
     try:
-        split = _split(wanted, datasets)
         rows = datasets.load_dataset(
-            wanted.name, wanted.config, split=split, revision=wanted.revision, streaming=True
+            wanted.name,
+            wanted.config,
+            data_dir=wanted.folder,
+            split=_split(wanted, datasets),
+            revision=wanted.revision,
+            streaming=True,
         ).decode(False)  # pictures and sound stay bytes: they are refused, not looked at
-        for number, value in enumerate(rows, 1):
+        # `datasets` takes no `train[:1000]` where it streams.
+        rows = rows.skip(first) if end is None else rows.skip(first).take(max(0, end - first))
+        for number, value in enumerate(rows, first + 1):
             yield _row(wanted, number, value)
     except InputError:
         raise
@@ -78,14 +90,32 @@ def _row(wanted: HubSet, number: int, value: Any) -> Raw:
         return reject_row(origin, "", f"a value cannot be read ({first_line(error)})")
 
 
+_SLICE = re.compile(r"[^\[]*\[(\d*):(\d*)\]")
+
+
+def _slice(wanted: HubSet) -> tuple[int, int | None]:
+    """The first row and the end of `train[1000:2000]`; all rows where only a split is named.
+
+    Raises:
+        InputError: it is written otherwise; a share of a streamed set is not known before its end.
+    """
+    if "[" not in (wanted.split or ""):
+        return 0, None
+    found = _SLICE.fullmatch(wanted.split or "")
+    if not found:
+        raise InputError(f"{wanted.address}: a part of a split is named by row numbers, such as #train[:1000]")
+    return int(found[1] or 0), int(found[2]) if found[2] else None
+
+
 def _split(wanted: HubSet, datasets: Any) -> str:
     """The split that was named, or the only one."""
-    names = [
-        str(name) for name in datasets.get_dataset_split_names(wanted.name, wanted.config, revision=wanted.revision)
-    ]
+    found = datasets.get_dataset_split_names(
+        wanted.name, wanted.config, revision=wanted.revision, data_dir=wanted.folder
+    )
+    names = [str(name) for name in found]
     bare = (wanted.split or "").partition("[")[0]  # `train[:1000]` is a part of train
     if wanted.split and bare in names:
-        return wanted.split
+        return bare
     if wanted.split:
         raise InputError(f"{wanted.address}: no split `{bare}`{did_you_mean(bare, names)}; it has {', '.join(names)}")
     if len(names) == 1:

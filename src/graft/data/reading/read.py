@@ -9,13 +9,14 @@ from __future__ import annotations
 import codecs
 import difflib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from graft.data.reading import hub
+from graft.data.reading import catalogue, hub
+from graft.data.reading.catalogue import Entry
 from graft.data.reading.columnar import read_arrow, read_parquet, saved_files, saved_parts
-from graft.data.reading.folder import choose_files
+from graft.data.reading.folder import choose_files, is_split
 from graft.data.reading.json_files import read_json, read_jsonl, read_text
 from graft.data.reading.rows import PACKED, File, Raw, file_of
 from graft.data.reading.tables import read_csv, read_tsv, read_xlsx
@@ -52,6 +53,10 @@ class Part:
     files: tuple[str, ...]
     """What is read, resolved: no two parts of a command may share one."""
     rows: Callable[[], Iterator[Raw]]
+    entry: Entry | None = None
+    """What a catalogue says of its layout; None where its rows speak for themselves."""
+    among_others: bool = False
+    """It is one of several files of a folder, not named by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,8 @@ def read_rows(address: Path | str) -> Iterator[Raw]:
 
 def open_address(address: str) -> Opened:
     """The parts that an address names: a file of READERS, also packed as .gz or .zst; `FILE.xlsx#SHEET`; a folder of
-    files, with `#SPLIT` where it has several; a folder that `datasets` saved; `hf:owner/name`, see `read_hub`.
+    files, with `#SPLIT` where it has several; a folder that `datasets` saved; `hf:owner/name`, see `read_hub`;
+    `dataset_info.json#NAME`, or its `FOLDER#NAME`: a data set of a catalogue, see `catalogue`.
 
     Raises:
         InputError: nothing is there, it has no known suffix, or a sheet or split must be named.
@@ -91,6 +97,8 @@ def open_address(address: str) -> Opened:
             return _open_folder(address, path, part)
         if not path.exists():
             raise InputError(_missing_message(path))
+        if path.is_file() and (part or path.name == catalogue.NAME) and path.suffix == ".json":
+            return _open_entry(path, part)
         if not path.is_file():
             raise InputError(f"{path}: is a pipe or a device; save what it gives as a file, which is read twice")
     except OSError as error:
@@ -98,8 +106,50 @@ def open_address(address: str) -> Opened:
     return Opened([_part(address, [file_of(path, part)])], [])
 
 
+def _open_entry(path: Path, name: str) -> Opened:
+    """A data set of a catalogue.
+
+    Raises:
+        InputError: the file is no catalogue, or has no such data set.
+    """
+    entries = catalogue.read_catalogue(path)
+    if entries is None:
+        what = f"leave `#{name}` out" if name else "name the files of data"
+        raise InputError(f"{path}: is no catalogue of data sets (name: {{file_name: ...}}); {what}")
+    if not name:
+        raise InputError(f"{path}: is a catalogue of data sets; name one: {path}#{next(iter(entries))}")
+    entry = catalogue.find_entry(path, entries, name)
+    if entry.hub is not None:
+        address = f"{hub.PREFIX}{entry.hub}"
+        wanted = hub.HubSet(address, entry.hub, entry.subset, entry.revision, entry.split or "train", entry.folder)
+        return Opened(
+            [
+                _of_entry(
+                    Part(entry.address, (entry.address,), lambda: _not_empty(entry.address, hub.read_hub(wanted))),
+                    entry,
+                )
+            ],
+            [*entry.notes, f"{entry.address}: {address}, as {entry.format}"],
+        )
+    file = entry.file
+    assert file is not None  # an entry has one place or the other
+    opened = open_address(f"{file}#{entry.split}" if entry.split and file.is_dir() else str(file))
+    return Opened(
+        [_of_entry(part, entry) for part in opened.parts],
+        [*opened.notes, *entry.notes, f"{entry.address}: {file}, as {entry.format}"],
+    )
+
+
+def _of_entry(part: Part, entry: Entry) -> Part:
+    return replace(part, rows=lambda: entry.rows(part.rows), entry=entry)
+
+
 def _open_folder(address: str, path: Path, part: str) -> Opened:
-    """A folder that `datasets` saved, or one of files."""
+    """A data set of its catalogue, a folder that `datasets` saved, or one of files."""
+    if part and (path / catalogue.NAME).is_file():
+        entries = catalogue.read_catalogue(path / catalogue.NAME)
+        if entries is not None and (part in entries or not is_split(part)):
+            return _open_entry(path / catalogue.NAME, part)
     splits = saved_parts(path)
     if splits:
         if not part and len(splits) > 1:
@@ -115,7 +165,8 @@ def _open_folder(address: str, path: Path, part: str) -> Opened:
     files_read = [file_of(file) for file in chosen.files]
     if chosen.are_text:
         return Opened([_part(address, files_read)], chosen.notes)
-    return Opened([_part(str(file.path), [file]) for file in files_read], chosen.notes)
+    parts = [_part(str(file.path), [file]) for file in files_read]
+    return Opened([replace(part, among_others=len(parts) > 1) for part in parts], chosen.notes)
 
 
 def _part(name: str, files: list[File]) -> Part:

@@ -40,7 +40,7 @@ class Grouping:
         """Rows that lack the column; they are grouped by their first prompt."""
         self._threshold = threshold
         self._keys, self._prompts = array("Q"), array("Q")
-        self._near = Collector(self.bands), Collector(self.bands)
+        self._near = [Collector(self.bands), Collector(self.bands)]
 
     def add(self, conversation: Conversation) -> tuple[str, str]:
         """Take note of one row. Returns the texts whose sketches are wanted if rows are grouped by likeness."""
@@ -56,14 +56,14 @@ class Grouping:
         self._near[1].add(wholes)
 
     def grouped(self) -> Grouped:
-        """All rows told so far."""
+        """All rows told so far, once: the sketches, gigabytes for a million rows, are let go as they are used."""
         keys = np.frombuffer(self._keys, np.uint64)
         groups = _equal(keys)
         if self.how == "near":
             joined = Groups(len(keys))
             joined.join_all(groups)
-            for collector in self._near:
-                joined.join_all(group_sketches(collector.sketches(), self._threshold))
+            while self._near:
+                joined.join_all(group_sketches(self._near.pop(0).sketches(), self._threshold))
             groups = joined.roots(np.arange(len(keys)))
         places = np.fromiter((unit(key) for key in self._keys), np.float64, len(keys))
         return Grouped(places, groups, np.frombuffer(self._prompts, np.uint64))
