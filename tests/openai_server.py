@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 WORDS = re.findall(
     r"\w+",
@@ -56,6 +57,8 @@ class Seen:
     status: int = 0
     """Set when the answer was sent whole."""
     id: str = ""
+    query: dict[str, list[str]] = field(default_factory=dict)
+    """What stood behind `?` in the address."""
 
 
 def said(body: dict[str, Any]) -> str:
@@ -167,13 +170,15 @@ def _handler(owner: OpenAIServer) -> type[BaseHTTPRequestHandler]:
         def _answer(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             seen = Seen(body, {k.lower(): v for k, v in self.headers.items()}, digest_of(body), time.monotonic())
+            address = urlsplit(self.path)
+            seen.query = parse_qs(address.query)
             with owner.lock:
                 owner.seen.append(seen)
                 number = len(owner.seen)
                 owner.busy += 1
                 owner.most_busy = max(owner.most_busy, owner.busy)
             try:
-                if self.path != "/v1/chat/completions":
+                if not address.path.endswith("/chat/completions"):
                     self._send(seen, Fault(404), b'{"error": {"message": "no such path"}}')
                     return
                 fault = owner.fault(seen) or Fault()

@@ -329,7 +329,9 @@ def test_an_override_needs_its_step_in_the_recipe(tmp_path):
 def test_what_cannot_serve_is_refused_before_any_row():
     for overrides, message in (
         (["language.unknown=drop"], "nothing to keep or skip"),
-        (["language.keep=english"], "no language `english`"),
+        (["language.keep=english"], "no language `english`; did you mean `en`. Known are, by ISO 639: ace, af"),
+        (["language.keep=zh-CN"], "no language `zh-CN`; did you mean `zh`"),
+        (["language.keep=qq"], "no language `qq`. Known are, by ISO 639: ace, af"),
         (["cut.max_tokens=100"], "cut.model=FOLDER"),
         (["personal.regions=XX"], "no country `XX`"),
     ):

@@ -217,10 +217,18 @@ def test_help_joins_the_lines_of_a_paragraph():
 def test_a_start_that_failed_does_not_take_the_name_of_the_run(graft, base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "faq.csv").write_text("Frage,Antwort\n" + "".join(f"Number {i}?,{i}\n" for i in range(40)))
-    assert graft("train", "--model", base, "--data", "faq.csv")[0] == 2
-    columns = "{path: faq.csv, columns: {question: Frage, answer: Antwort}}"
-    assert graft("train", "--model", base, f"data={columns}", "max_steps=1", "split.val=0")[0] == 0
+    code, _, err = graft("train", "--model", base, "--data", "faq.csv")
+    assert code == 2
+    columns = "{path: faq.csv, columns: {question: A, answer: B}}"  # what the message says is what a recipe takes
+    assert f"`data: [{columns}]` in a recipe" in answer_in_a_line_or_two(err)
+    columns = columns.replace("A", "Frage").replace("B", "Antwort")
+    code, _, err = graft("train", "--model", base, f"data={columns}", "max_steps=1", "split.val=0")
+    assert code == 0
     assert [folder.name for folder in (tmp_path / "runs").iterdir()] == [f"{base.name}-faq"]
+    # Nothing was held out, so eval needs data: what is suggested works as it stands.
+    assert f"graft eval runs/{base.name}-faq --data FILE" in err
+    code, _, err = graft("data", "split", "faq.csv", "--out", "parts")
+    assert "say what they are: --columns question=A,answer=B" in answer_in_a_line_or_two(err)
 
 
 def test_a_missing_setting_is_not_said_to_be_a_flag(graft, tmp_path):

@@ -149,7 +149,7 @@ def test_a_text_file_that_is_a_table_is_not_learnt_by_heart(tmp_path):
     path = tmp_path / "news.txt"
     path.write_text("".join(f"title {n}\t{n % 3}\n" for n in range(50)))
     with pytest.raises(
-        InputError, match=r"50 lines of 2 cells.*rename it to news\.tsv.*graft data prompts.*--format text"
+        InputError, match=r"50 lines of 2 cells.*rename it to news\.tsv.*graft data prompts.*format: text"
     ):
         load(path)
     assert load(path, format="text")[0].text == path.read_text()
@@ -220,6 +220,50 @@ def test_a_clone_of_a_hub_set_is_read_through_datasets(tmp_path, monkeypatch):
         load(f"{address}:big#tset")
     with pytest.raises(InputError, match=r"cannot be loaded .*big.*small"):
         load(address)
+    for part, numbers in (("[:2]", [1, 2]), ("[1:2]", [2]), ("[2:]", [3]), ("[:100]", [1, 2, 3])):
+        found = load(f"{address}:big#train{part}")
+        assert [item.origin.line for item in found] == numbers
+        assert pairs(found) == [EXPECTED[number - 1] for number in numbers]
+    with pytest.raises(InputError, match=r"a part of a split is named by row numbers, such as #train\[:1000\]"):
+        load(f"{address}:big#train[:10%]")
+
+
+def test_a_description_beside_data_is_passed_over_by_name(tmp_path, graft):
+    lines(tmp_path / "set" / "a.jsonl", QA)
+    (tmp_path / "set" / "SOURCE.json").write_text('{"repo": "x",\n "files": [{"file": "a.jsonl"}]}')
+    (tmp_path / "set" / "names.json").write_text('["one", "two"]')
+    loaded = load_sources([Source(path=str(tmp_path / "set"))])
+    assert pairs(loaded.conversations) == EXPECTED
+    assert loaded.read == 3
+    for name, why in (("SOURCE.json", "one object with repo, files"), ("names.json", "the row is text, not an object")):
+        (note,) = [note for note in loaded.decisions if name in note]
+        assert f"passed over, it holds no rows of data ({why}" in note
+    with pytest.raises(InputError, match="no format fits the columns repo, files"):
+        load(tmp_path / "set" / "SOURCE.json")  # named by itself it is no bystander
+    (tmp_path / "set" / "one.json").write_text(
+        '{"question": "q",\n "answer": "a"}'
+    )  # one object that is a row is a row
+    assert len(load(tmp_path / "set")) == 4
+    (tmp_path / "set" / "a.jsonl").write_text('{"x": 1}\n{"x": 2}\n')  # rows that fit nothing are never passed over
+    with pytest.raises(InputError, match="a.jsonl: no format fits the columns x"):
+        load(tmp_path / "set")
+    for path in ("a.jsonl", "one.json"):
+        (tmp_path / "set" / path).unlink()
+    with pytest.raises(InputError):
+        load(tmp_path / "set")
+
+
+def test_what_the_hub_client_says_of_its_retries_is_not_for_the_user(graft, tmp_path, monkeypatch):
+    import logging
+
+    from graft.data.reading import hub
+
+    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)
+    code, _, err = graft("data", "import", "hf:nobody/nothing#train", "--out", tmp_path / "o.jsonl")
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
+    assert logging.getLogger("huggingface_hub").level == logging.ERROR
+    assert hub.parse_address("hf:a/b:c@d#e[:3]").split == "e[:3]"
 
 
 def test_a_hub_set_offline_or_without_the_library_says_what_to_do(monkeypatch):
@@ -264,7 +308,9 @@ def test_columns_by_other_names(names, found):
 )
 def test_two_columns_for_one_thing_are_asked_about(names, said):
     with pytest.raises(InputError, match=f"f: its columns {said}; say which: --columns"):
-        infer_columns(names, "f")
+        infer_columns(names, "f", Source(path="f").by_options())
+    with pytest.raises(InputError, match=f"{said}; say which: `data: .{{path: f, columns:"):
+        infer_columns(names, "f", Source(path="f"))
 
 
 def test_columns_that_the_user_names(tmp_path):
@@ -303,7 +349,7 @@ def test_a_system_prompt_beside_is_read_and_survives_as_meta(tmp_path):
 def test_the_advice_for_rows_that_fit_nothing(tmp_path):
     for rows, said in (
         ([{"review": "x", "stars": 1}], "looks like a labelled set: `graft data prompts`"),
-        ([{"id": 1, "question": "q"}], "questions without answers: --questions keeps them"),
+        ([{"id": 1, "question": "q"}], "questions without answers: `graft data import --questions` keeps them"),
         ([{"review": "x"}], "--columns text=review"),
     ):
         with pytest.raises(InputError, match=said):

@@ -121,9 +121,11 @@ def test_lone_halves_of_characters_cost_their_row_only(tmp_path, small_chunks):
     path = tmp_path / "a.json"
     path.write_text('[{"a": "\\ud83d"}, {"a": "\\ud83d\\ude00"}, 7]')
     rows = [row.value for row in read_rows(path)]
-    assert isinstance(rows[0], Reject) and "surrogate" in rows[0].reason
+    assert isinstance(rows[0], Reject)
+    assert "surrogate" in rows[0].reason
     assert rows[1] == {"a": "😀"}
-    assert isinstance(rows[2], Reject) and rows[2].reason == "the row is a number, not an object with columns"
+    assert isinstance(rows[2], Reject)
+    assert rows[2].reason == "the row is a number, not an object with columns"
 
 
 def test_memory_does_not_grow_with_the_list(tmp_path):

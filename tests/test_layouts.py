@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from graft.data.layout.calls import has_tagged_calls
+from graft.data.layout.calls import has_tagged_calls, tagged_blocks
 from graft.data.layout.formats import FORMATS, detect, to_conversation
 from graft.types import Conversation, Message, Origin, Reject
 
@@ -174,6 +174,50 @@ def test_calls_in_a_row_are_one_turn_and_words_for_roles():
         Message("assistant", "3", weight=2.0),
     ]
     assert "roles out of order" in rejected(messages=[USER, BOT, BOT])[1]
+
+
+class Metered(str):
+    """A text that counts the characters that are looked at or copied."""
+
+    __slots__ = ()
+    seen = 0
+
+    def _count(self, characters: int) -> None:
+        Metered.seen += characters
+
+    def find(self, what, start=0, *more):
+        found = super().find(what, start, *more)
+        self._count((len(self) if found < 0 else found) - start)
+        return found
+
+    def startswith(self, what, *more):
+        self._count(len(what))
+        return super().startswith(what, *more)
+
+    def __getitem__(self, key):
+        part = Metered(super().__getitem__(key))
+        self._count(len(part))
+        return part
+
+    def partition(self, what):
+        self._count(len(self))
+        return tuple(map(Metered, super().partition(what)))
+
+
+@pytest.mark.parametrize(
+    "block", ["<tool_response>", "<tool_response>x</tool_response> ", "<tool_response></tool_response><tool_response>"]
+)
+def test_looking_for_blocks_takes_as_many_steps_as_there_are_characters(block):
+    looked = []
+    for count in (500, 1000):
+        text = Metered(block * count)
+        Metered.seen = 0
+        tagged_blocks(text, "tool_response")
+        looked.append(Metered.seen)
+        assert 0 < Metered.seen <= 4 * len(text)
+    assert looked[1] <= 2.1 * looked[0]
+    blocks, end = tagged_blocks("<t> a </t>\n<t></t> <t>open", "t")
+    assert (blocks, end) == ([" a ", ""], len("<t> a </t>\n<t></t> "))
 
 
 def test_pairs_and_items_of_sharegpt():

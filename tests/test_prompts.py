@@ -255,6 +255,71 @@ def test_numbers_are_named_by_value_by_order_or_not_at_all():
         name_labels(("a", "a"), set(), (), "f")
 
 
+def test_two_labels_with_one_name_are_refused():
+    with pytest.raises(ConfigError, match="the values 0 and 1 are both called `a`: answers could not be told apart"):
+        name_labels(("0=a", "1=a"), ["0", "1"], (), "f: label")
+
+
+TEMPLATES = """
+task: sentiment
+lang: en
+templates:
+  - {name: broken, prompt: "{{ text.nothing.at_all }}", target: "{{ label }}"}
+  - {name: good, prompt: "How is it? {{ text }} {{ options }}", target: "{{ label }}"}
+"""
+
+
+def test_a_template_that_breaks_on_every_row_is_given_up_by_name(tmp_path, monkeypatch):
+    from graft.data.prompts.make import FAILURES_IN_A_ROW
+    from graft.data.prompts.template import PromptTemplate
+
+    rows = [[f"row {n}", "ab"[n % 2]] for n in range(3 * FAILURES_IN_A_ROW)]
+    data = write_csv(tmp_path / "a.csv", [["text", "label"], *rows])
+    (tmp_path / "t.yaml").write_text(TEMPLATES)
+    rendered = Counter()
+    render = PromptTemplate.render
+
+    def counting(self, *given):
+        rendered[self.name.rsplit("/", 1)[-1]] += 1
+        return render(self, *given)
+
+    monkeypatch.setattr(PromptTemplate, "render", counting)
+    for how, kept in (("all", len(rows)), ("broken", 0)):
+        rendered.clear()
+        maker = prepare(
+            Prompts.model_validate({"data": str(data), "templates": str(tmp_path / "t.yaml"), "template": how})
+        )
+        tally = Tally()
+        items = list(maker.make(tally))
+        rejects = [item for item in items if isinstance(item, Reject)]
+        assert (tally.kept, tally.rejected, tally.read) == (kept, len(rows) - kept, len(rows))
+        assert len(rejects) == len(rows) - kept
+        assert rendered["broken"] == FAILURES_IN_A_ROW
+        (note,) = [note for note in maker.notes if "tried no more" in note]
+        assert "broken broke on 100 rows in a row" in note
+        assert "nothing" in note
+        assert rendered["good"] == kept
+    assert "is tried no more" in rejects[-1].reason
+
+
+def test_a_template_with_nothing_to_ask_is_not_broken(tmp_path):
+    rows = [[f"row {n}" if n == 149 else "x", "ab"[n % 2]] for n in range(150)]
+    data = write_csv(tmp_path / "a.csv", [["text", "label"], *rows])
+    rare = TEMPLATES.replace("{{ text.nothing.at_all }}", "{% if text != 'x' %}{{ text }} {{ options }}{% endif %}")
+    (tmp_path / "t.yaml").write_text(rare)
+    conversations, _, _ = made(data=str(data), templates=str(tmp_path / "t.yaml"), template="all")
+    assert Counter(item.meta["template"].rsplit("/", 1)[-1] for item in conversations) == {"good": 150, "broken": 1}
+
+
+def test_a_description_beside_a_labelled_set_is_passed_over(reviews, tmp_path):
+    (tmp_path / "set").mkdir()
+    reviews.rename(tmp_path / "set" / "reviews.csv")
+    (tmp_path / "set" / "SOURCE.json").write_text('{"repo": "x",\n "files": []}')
+    maker = prepare(Prompts.model_validate({"data": str(tmp_path / "set"), **GIVEN}))
+    assert len(maker.pieces) == 1
+    assert any("SOURCE.json: passed over, it holds no rows of data" in said for said in maker.decisions)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [

@@ -113,6 +113,14 @@ def test_the_check_sees_what_a_careless_split_tears_apart(tmp_path, heap):
     assert train["id"].split(".")[0] == other["id"].split(".")[0]
 
 
+def test_overlaps_of_an_earlier_split_do_not_lie_beside_the_parts_of_this_one(tmp_path, heap):
+    data = write(tmp_path / "heap.jsonl", heap)
+    run(data, "--out", tmp_path / "out", "--group", "none", "--check")
+    assert lines(tmp_path / "out" / "overlaps.jsonl")
+    run(data, "--out", tmp_path / "out", "--group", "none")
+    assert not (tmp_path / "out" / "overlaps.jsonl").exists()
+
+
 def test_whole_conversations_group_too(tmp_path):
     rng = random.Random(5)
     story = ENGLISH.text(rng, 300)

@@ -755,6 +755,51 @@ def test_the_key_is_sent_and_written_nowhere(seeds, tmp_path):
     assert b"***" in (tmp_path / "out" / "journal.jsonl").read_bytes(), "it was there to be hidden"
 
 
+def test_headers_and_query_of_an_azure_endpoint_are_sent_and_the_values_written_nowhere(seeds, tmp_path):
+    secret = "azure-4f9a8c1d77e2b0356a"
+
+    def fault(seen: Seen) -> Fault | None:
+        assert seen.headers["api-key"] == secret
+        assert "authorization" not in seen.headers, "the key of another vendor, or a made-up one"
+        assert seen.query == {"api-version": ["2024-10-21"]}
+        if len(server.seen) > 20:
+            return Fault(401, body=json.dumps({"error": {"message": f"wrong api-key {secret}"}}).encode())
+        return Fault(patch={"content": f"Noted: {secret}, thank you."}) if len(server.seen) % 4 == 0 else None
+
+    with OpenAIServer(fault) as server:
+        address = server.base_url.replace("/v1", "/openai/deployments/mine")
+        azure = {"base_url": address, "headers": {"api-key": "AZURE_KEY"}, "query": {"api-version": "2024-10-21"}}
+        recipe_file = as_file(recipe(server, seeds, endpoint=azure), tmp_path / "r.yaml")
+        process = start(recipe_file, tmp_path / "out", AZURE_KEY=secret, OPENAI_API_KEY="sk-of-another-vendor-9")
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    assert "check endpoint.headers (api-key)" in errors
+    assert len(server.seen) > 20
+    everything = output + errors + "".join(path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert secret not in everything
+    assert "***" in everything, "it was there to be hidden"
+    assert "AZURE_KEY" in (tmp_path / "out" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("headers", "said"),
+    [
+        ({"api-key": "UNSET_VARIABLE"}, "variable UNSET_VARIABLE, which is not set; a recipe names the variable"),
+        ({"api-key": "s3cr3t-value"}, "an environment variable, which is not set"),
+        ({"api key": "PATH"}, "no name of a header"),
+        ({"api-key": "BLANK"}, "holds nothing to send"),
+    ],
+)
+def test_a_header_that_cannot_be_sent_is_refused_and_what_may_be_secret_not_shown(
+    seeds, tmp_path, monkeypatch, headers, said
+):
+    monkeypatch.setenv("BLANK", " ")
+    with OpenAIServer() as server, pytest.raises(ConfigError, match=said) as error:
+        run(recipe(server, seeds, endpoint={"headers": headers}), tmp_path / "out")
+    assert "s3cr3t" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
 def invoke(*arguments: object) -> str:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if result.exception is not None:

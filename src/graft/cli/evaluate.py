@@ -102,9 +102,10 @@ def show(evaluation: Evaluation) -> None:
     """The tables of an evaluation on stdout."""
     from graft.console import out, table
     from graft.use.result import difference_shown, table_rows, topic_rows
+    from graft.words import counted
 
     names = [column.name for column in evaluation.columns]
-    title = f"{evaluation.questions} questions of {', '.join(evaluation.data)} (95 % intervals)"
+    title = f"{counted(evaluation.questions, 'question')} of {', '.join(evaluation.data)} (95 % intervals)"
     table(title, ["", *names], table_rows(evaluation), to_stdout=True)
     if (line := difference_shown(evaluation)) is not None:
         out.print(line, markup=False)

@@ -37,6 +37,11 @@ class Endpoint(Settings):
     """The model's name there."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key. A local endpoint needs none; a key is never part of a recipe."""
+    headers: Mapping[str, str] = {}
+    """Further headers of every request, name to the environment variable that holds the value: {api-key: AZURE_KEY}.
+    Where there are headers `api_key_env` plays no part: one vendor's key is not for another."""
+    query: Mapping[str, str] = {}
+    """What stands behind `?` in every request's address, nothing secret: {api-version: 2024-10-21}."""
     concurrency: int = Field(default=8, ge=1, le=1024)
     """Most requests in flight at once."""
     timeout: float = Field(default=300.0, gt=0)
@@ -53,6 +58,12 @@ class Endpoint(Settings):
     """The name under which the endpoint takes an answer's longest length."""
     extra_body: Mapping[str, Any] = {}
     """Further fields of every request, as the endpoint knows them: {chat_template_kwargs: {enable_thinking: false}}."""
+
+    @field_validator("query", mode="before")
+    @classmethod
+    def _as_texts(cls, value: Any) -> Any:
+        """YAML reads an unquoted version as a date or a number."""
+        return {key: _as_text(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
     @field_validator("base_url")
     @classmethod

@@ -18,6 +18,7 @@ from graft.data.tally import PartTally, Tally
 from graft.data.write import line_writer, write_lines
 from graft.errors import InputError
 from graft.types import Conversation, Reject
+from graft.words import counted, one_or_many
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,13 +167,15 @@ def _decisions(
     """The format with its evidence, the columns that it has no use for, and what of the messages could not be kept."""
     names = " or ".join(", ".join(choice.columns.get(name, name) for name in fit) for fit, _ in fits.most_common())
     how = "" if source.format == "auto" else " (as asked)"
-    decisions = [f"{part.name}: {choice.form.name}{how}: {fits.total()} of {read} rows have {names}"]
+    decisions = [
+        f"{part.name}: {choice.form.name}{how}: {fits.total()} of {counted(read, 'row')} {one_or_many(read, 'has', 'have')} {names}"
+    ]
     if kept:
         more = f" and {len(kept) - 8} more" if len(kept) > 8 else ""
         columns = ", ".join(name[:40] for name, _ in kept.most_common(8))
         decisions.append(f"{part.name}: columns that go along as meta: {columns}{more}")
     if unused:
-        keys = ", ".join(f"{key[:40]} ({count} rows)" for key, count in unused.most_common(8))
+        keys = ", ".join(f"{key[:40]} ({counted(count, 'row')})" for key, count in unused.most_common(8))
         decisions.append(f"{part.name}: keys of messages that graft has no use for: {keys}")
     return decisions
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from graft.errors import DataRefused
 from graft.types import Reject
+from graft.words import counted, one_or_many
 
 MAX_KINDS = 1000
 """Kinds of reasons that are told apart; a file of pure noise must not fill the memory with its reasons."""
@@ -84,7 +85,9 @@ class Tally:
         if not self.rejected or (self.rejected <= limit * self.read and self.kept):
             return
         share = self.rejected / self.read
-        lines = [f"{self.rejected} of {self.read} rows ({share:.1%}) were rejected, max_rejected allows {limit:.1%}"]
+        lines = [
+            f"{self.rejected} of {counted(self.read, 'row')} ({share:.1%}) {one_or_many(self.rejected, 'was', 'were')} rejected, max_rejected allows {limit:.1%}"
+        ]
         for count, reject in self.commonest():
             name = f"{reject.field}: " if reject.field else ""
             lines.append(f"  {count} x {name}{reject.reason}  (first at {reject.file}:{reject.line})")
@@ -92,5 +95,6 @@ class Tally:
             lines.append("nothing is left; correct the rows, or see docs/data.md for the formats")
         else:
             enough = math.ceil(share * 1000) / 1000
-            lines.append(f"correct the rows, or go on without them: --max-rejected {enough:g} (max_rejected={enough:g} for train)")
+            how = f"--max-rejected {enough:g} (max_rejected={enough:g} for train)"
+            lines.append(f"correct the rows, or go on without them: {how}")
         raise DataRefused("\n".join(lines))

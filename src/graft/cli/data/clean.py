@@ -13,6 +13,7 @@ import typer
 
 from graft.cli.data.shared import AsJson, FormatName, MaxRejected, keep_sources, sources_of
 from graft.cli.options import TrustRemoteCode
+from graft.words import counted
 
 if TYPE_CHECKING:
     from graft.config.clean import Clean
@@ -214,7 +215,7 @@ def _show(report: Report, tally: Tally, out: Path, rejects: Path, report_path: P
     for count, reject in tally.commonest():
         place = f"first at {reject.file}:{reject.line}"
         reason = f"{reject.field + ': ' if reject.field else ''}{reject.reason}"
-        console.warn(escape_hidden(f"{count} rows could not be read: {reason} ({place})"))
+        console.warn(escape_hidden(f"{counted(count, 'row')} could not be read: {reason} ({place})"))
     lines = []
     for step in report.steps:
         said = [step.commonest()] if step.reasons else []
@@ -229,5 +230,7 @@ def _show(report: Report, tally: Tally, out: Path, rejects: Path, report_path: P
         text=("most often",),
     )
     more = f" (+ {report.added} from cutting)" if report.added else ""
-    typer.echo(f"{report.read} rows read{more}, {report.kept} kept, {report.rejected} rejected (listed in {rejects})")
-    typer.echo(f"{out}: {report.kept} conversations; examples of every step in {report_path}")
+    typer.echo(
+        f"{counted(report.read, 'row')} read{more}, {report.kept} kept, {report.rejected} rejected (listed in {rejects})"
+    )
+    typer.echo(f"{out}: {counted(report.kept, 'conversation')}; examples of every step in {report_path}")

@@ -12,6 +12,7 @@ import typer
 
 from graft.cli.data.shared import AsJson, MaxRejected, keep_sources
 from graft.visible import escape_hidden
+from graft.words import counted
 
 if TYPE_CHECKING:
     from graft.config.prompts import Prompts
@@ -215,9 +216,11 @@ def _report(maker: Maker, tally: Tally, listed: Path, written: dict[str, int], a
     if counts.labels:
         common = counts.labels.most_common(20)
         console.table("labels", ("label", "rows"), [(name, str(count)) for name, count in common])
-    typer.echo(escape_hidden(f"{tally.read} rows read, {tally.kept} kept, {tally.rejected} rejected (see {listed})"))
+    typer.echo(
+        escape_hidden(f"{counted(tally.read, 'row')} read, {tally.kept} kept, {tally.rejected} rejected (see {listed})")
+    )
     for path, count in written.items():
-        typer.echo(escape_hidden(f"{path}: {count} conversations"))
+        typer.echo(escape_hidden(f"{path}: {counted(count, 'conversation')}"))
 
 
 def _list(task: str | None, files: list[str], as_json: bool) -> None:
@@ -253,7 +256,7 @@ def _list(task: str | None, files: list[str], as_json: bool) -> None:
             "tasks", ("task", "columns (in brackets: may be missing)", "what is asked for"), told, to_stdout=True
         )
     listed = [(item.name, item.form, ", ".join(sorted(item.variables))) for item in shown]
-    console.table(f"{len(listed)} templates", ("name", "answer", "takes"), listed, to_stdout=True)
+    console.table(counted(len(listed), "template"), ("name", "answer", "takes"), listed, to_stdout=True)
 
 
 def _role(role: Any) -> str:

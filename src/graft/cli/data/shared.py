@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graft.visible import escape_hidden
+from graft.words import counted
 
 if TYPE_CHECKING:
     from graft.config.data import Source
@@ -110,7 +111,9 @@ def report(tally: Tally, rejects: Path, written: dict[str, int], notes: Sequence
         place = f"first at {reject.file}:{reject.line}"
         console.warn(f"{count} rejected: {reject.field + ': ' if reject.field else ''}{reject.reason} ({place})")
     typer.echo(
-        escape_hidden(f"{tally.read} rows read, {tally.kept} kept, {tally.rejected} rejected (listed in {rejects})")
+        escape_hidden(
+            f"{counted(tally.read, 'row')} read, {tally.kept} kept, {tally.rejected} rejected (listed in {rejects})"
+        )
     )
     for path, count in written.items():
-        typer.echo(escape_hidden(f"{path}: {count} conversations"))
+        typer.echo(escape_hidden(f"{path}: {counted(count, 'conversation')}"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from graft.cli.data.shared import AsJson, Files, FormatName, MaxRejected, keep_sources, sources_of
+from graft.words import counted
 
 if TYPE_CHECKING:
     from graft.data.splitting.division import Outcome
@@ -132,7 +133,9 @@ def _show(outcome: Outcome, out: Path, drop: bool) -> None:
         place = f"first at {reject.file}:{reject.line}"
         console.warn(f"{count} rejected: {reject.field + ': ' if reject.field else ''}{reject.reason} ({place})")
     kept, rejected = sum(outcome.rows.values()), outcome.tally.rejected + outcome.dropped
-    typer.echo(f"{outcome.tally.read} rows read, {kept} kept, {rejected} rejected (listed in {out / 'rejects.jsonl'})")
+    typer.echo(
+        f"{counted(outcome.tally.read, 'row')} read, {kept} kept, {rejected} rejected (listed in {out / 'rejects.jsonl'})"
+    )
     if outcome.evaluation_rows:
         where = f"dropped, listed in {out / 'rejects.jsonl'}" if drop else f"kept, listed in {out / 'overlaps.jsonl'}"
         typer.echo(
@@ -157,7 +160,7 @@ def _show(outcome: Outcome, out: Path, drop: bool) -> None:
         found = _by_kind(outcome.parts_overlap)
         typer.echo(f"overlaps of train with val and test: {found} (listed in {out / 'overlaps.jsonl'})")
     for path, count in outcome.written.items():
-        typer.echo(f"{path}: {count} conversations")
+        typer.echo(f"{path}: {counted(count, 'conversation')}")
 
 
 def _by_kind(counts: dict[str, int]) -> str:

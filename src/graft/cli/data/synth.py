@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graft.cli.data.shared import AsJson
+from graft.words import counted
 
 if TYPE_CHECKING:
     from graft.data.synth.estimate import Preview
@@ -108,7 +109,7 @@ def _report(summary: dict[str, Any]) -> None:
     left = f", {answers['not_reached']} not reached" if answers["not_reached"] else ""
     typer.echo(f"answers: {answers['asked']} asked, {answers['kept']} kept, {answers['rejected']} rejected{left}")
     for path, count in summary["written"].items():
-        typer.echo(f"{path}: {count} rows")
+        typer.echo(f"{path}: {counted(count, 'row')}")
     typer.echo(f"rejected rows are listed in {summary['rejects']}")
 
 

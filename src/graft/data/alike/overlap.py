@@ -188,7 +188,7 @@ def _common_before(texts: Sequence[str], prompts: Index) -> tuple[Index, Index]:
     phrases, offsets = _all_windows(texts, PHRASE)
     of_prompt = np.repeat(prompts.astype(np.int32), np.diff(offsets))
     most = min(COMMON, max(2, len(np.unique(of_prompt)) // 2))
-    before = np.zeros(len(phrases) + 1, np.int32)
+    before = np.zeros(len(phrases) + 1, np.int64)
     for part in _ranges(phrases):
         before[1 + part] = _common(phrases[part], of_prompt[part], most)
     return np.cumsum(before, out=before), offsets

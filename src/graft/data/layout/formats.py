@@ -133,8 +133,8 @@ def _advice(rows: Sequence[Columns], source: Source) -> str:
         return f"with `{labels[0]}` it looks like a labelled set: `graft data prompts` makes conversations of it{learn}"
     if asks := [name for name in names for item in FORMATS.values() if name in item.asks]:
         return (
-            f"`{asks[0]}` has questions without answers: `graft data import --questions` keeps them as such, `graft data "
-            "synth` has them answered"
+            f"`{asks[0]}` has questions without answers: `graft data import --questions` keeps them as such, "
+            "`graft data synth` has them answered"
         )
     learn = "; to learn its `text` by heart and leave the other columns, say "
     hint = learn + source.how_to_ask_for("text") if "text" in names else ""
@@ -156,7 +156,7 @@ def check_asked(
     """
     if not any(asked.fit(row, required=required) for row in rows):
         need = " or ".join(", ".join(columns) for columns in asked.columns)
-        how = (source or Source(path=file)).how_to_name({name: "THEIRS" for name in asked.columns[0]})
+        how = (source or Source(path=file)).how_to_name(dict.fromkeys(asked.columns[0], "THEIRS"))
         raise InputError(
             f"{file}: format {asked.name} needs the columns {need}, but no row fits; it has {_columns_found(rows)}; "
             f"rename columns, leave the format out to have it detected, or say what they are: {how}"

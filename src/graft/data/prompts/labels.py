@@ -92,8 +92,8 @@ def _by_value(given: Sequence[str], seen: Collection[str], where: str) -> Labels
             raise ConfigError(f"--labels: the value {value} is named twice, {of[value]} and {name}")
         if twin := next((other for other, taken in of.items() if taken == name), None):
             raise ConfigError(
-                f"--labels: the values {twin} and {value} are both called `{name}`: answers could not be told apart; give "
-                "each a name of its own"
+                f"--labels: the values {twin} and {value} are both called `{name}`: answers could not be told apart; "
+                "give each a name of its own"
             )
         of[value] = name
     if seen and of.keys().isdisjoint(seen):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 from graft.data.prompts.draw import Draw
-from graft.data.prompts.filters import NothingToAsk, TemplateFailure
+from graft.data.prompts.filters import NothingToAsk
 from graft.data.prompts.sandbox import Compiled
 
 Form = Literal["word", "letter", "number", "json", "text"]
@@ -56,7 +56,7 @@ class Template(Protocol):
         """Why it cannot be used with these choices at all; None where it can."""
 
     def render(self, row: Mapping[str, Any], choices: Sequence[str], draw: Draw, answered: bool = True) -> Rendered:
-        """Ask about a row. Raises TemplateFailure where this template has nothing to ask about it."""
+        """Ask about a row. Raises NothingToAsk where this template has none, TemplateFailure where it breaks."""
 
 
 def keys_of(form: str, count: int) -> list[str]:
@@ -106,7 +106,8 @@ class PromptTemplate:
         """Ask about a row; `row["label"]` is one of `choices` where there are any.
 
         Raises:
-            TemplateFailure: a variable is missing, or the prompt or target comes out empty.
+            NothingToAsk: the prompt or target comes out empty.
+            TemplateFailure: a variable is missing.
         """
         keys = keys_of(self.form, len(choices))
         shown = {key: value for key, value in row.items() if key != "label" or not choices}

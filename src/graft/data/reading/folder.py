@@ -12,6 +12,7 @@ from pathlib import Path
 
 from graft.data.reading.rows import file_of
 from graft.errors import InputError
+from graft.words import counted
 
 DESCRIPTIONS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 """Files that `datasets` and LLaMA-Factory lay beside data to describe it."""
@@ -58,7 +59,7 @@ def choose_files(folder: Path, split: str, suffixes: Sequence[str], text: Sequen
     elif len(named) > 1:
         raise InputError(f"{folder}: has files of the splits {_listed(named)}; name one: {folder}#{next(iter(named))}")
     left = len(found) - len(files)
-    notes = [f"{folder}: {len(files)} {'file' if len(files) == 1 else 'files'} read, {left} left out"] if left else []
+    notes = [f"{folder}: {counted(len(files), 'file')} read, {left} left out"] if left else []
     return Chosen(files, not tables, notes)
 
 
@@ -84,4 +85,4 @@ def _walk(folder: Path) -> Iterable[Path]:
 
 
 def _listed(named: dict[str, int]) -> str:
-    return ", ".join(f"{name} ({count} {'file' if count == 1 else 'files'})" for name, count in named.items())
+    return ", ".join(f"{name} ({counted(count, 'file')})" for name, count in named.items())

@@ -16,6 +16,7 @@ from graft.data.splitting.grouping import Grouped, Grouping
 from graft.data.splitting.strata import Columns, Strata, missing_column
 from graft.data.tally import Tally
 from graft.errors import ConfigError, DataRefused, InputError
+from graft.words import counted
 
 LARGE_GROUP = 0.1
 """Share of the rows from which a single group is worth a warning: it goes to one part as a whole."""
@@ -129,7 +130,9 @@ def said_of_groups(grouping: Grouping, columns: Columns, outcome: Outcome, count
         "none": "every row by itself",
     }.get(grouping.how, f"rows of one {grouping.how}")
     missing = f" ({grouping.without_value} rows without one by their prompt)" if grouping.without_value else ""
-    return f"grouped by {grouping.how}: {sum(outcome.groups.values())} groups of {count} rows: {how}{missing}"
+    return (
+        f"grouped by {grouping.how}: {sum(outcome.groups.values())} groups of {counted(count, 'row')}: {how}{missing}"
+    )
 
 
 def notes_on(outcome: Outcome, wanted: Wanted, count: int) -> list[str]:

@@ -115,6 +115,8 @@ class Client:
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._key = read_key(endpoint)
+        self._headers = read_headers(endpoint)
+        self._secrets = [secret for secret in (self._key, *self._headers.values()) if secret]
         self._api: openai.AsyncOpenAI | None = None
 
     async def attempt(self, request: Request) -> Reply:
@@ -131,7 +133,10 @@ class Client:
         try:
             async with asyncio.timeout(self._endpoint.timeout):
                 raw = await self._connect().chat.completions.with_raw_response.create(
-                    **request.body(self._endpoint), extra_body=dict(self._endpoint.extra_body) or None
+                    **request.body(self._endpoint),
+                    extra_headers=self._all_headers(),
+                    extra_query=dict(self._endpoint.query) or None,
+                    extra_body=dict(self._endpoint.extra_body) or None,
                 )
                 text = raw.text
         except (TimeoutError, openai.APITimeoutError):
@@ -157,18 +162,29 @@ class Client:
     def in_the_open(self) -> bool:
         """Whether a key is sent over a network of others without encryption."""
         url = self._endpoint.base_url
-        return bool(self._key) and not is_local(url) and urlsplit(url).scheme == "http"
+        return bool(self._secrets) and not is_local(url) and urlsplit(url).scheme == "http"
 
     def scrub(self, text: str) -> str:
-        """The text without the key, should it be quoted."""
-        return text.replace(self._key, "***") if len(self._key) >= _SECRET else text
+        """The text without key and headers, should they be quoted."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***") if len(secret) >= _SECRET else text
+        return text
 
     def clean(self, text: str, most: int = 200) -> str:
-        """A text of the endpoint for messages and files: one line, short, and without the key should it be quoted."""
+        """A text of the endpoint for messages and files: one line, short, without the secrets should it quote them."""
         line = " ".join(text.split())
-        if self._key:
-            line = line.replace(self._key, "***")
+        for secret in self._secrets:
+            line = line.replace(secret, "***")
         return line if len(line) <= most else f"{line[:most]}…"
+
+    def _all_headers(self) -> dict[str, str | openai.Omit] | None:
+        """The recipe's headers, without the library's own key: it might be looked at before the one that counts."""
+        import openai
+
+        if not self._headers:
+            return None
+        given = any(name.lower() == "authorization" for name in self._headers)
+        return dict(self._headers) if given else {**self._headers, "Authorization": openai.Omit()}
 
     def _connect(self) -> openai.AsyncOpenAI:
         import openai
@@ -195,8 +211,8 @@ class Client:
         where = f"{self._endpoint.base_url} (model {self._endpoint.model})"
         if status in _CLOSED or error.code in _NO_MONEY:
             remedy = {
-                401: f"check the key in ${self._endpoint.api_key_env}",
-                403: f"check what the key in ${self._endpoint.api_key_env} may use",
+                401: f"check {self._where_the_key_is()}",
+                403: f"check what the key may use: {self._where_the_key_is()}",
                 404: "check endpoint.base_url and endpoint.model",
             }.get(status, "check the account")
             return EndpointClosed(f"{where}: {status}: {said}; {remedy}, then start again: what was answered is kept")
@@ -205,13 +221,20 @@ class Client:
             return TryAgain(f"{status}: {said}", wait, busy=status in (429, 503) or wait is not None)
         return Unanswerable(f"{status}: {said}")
 
+    def _where_the_key_is(self) -> str:
+        if self._endpoint.headers:
+            return f"endpoint.headers ({', '.join(self._endpoint.headers)})"
+        return f"the key in ${self._endpoint.api_key_env}"
+
 
 def read_key(endpoint: Endpoint) -> str:
-    """The key of the environment; empty where a local endpoint has none.
+    """The key of the environment; empty where a local endpoint has none, or headers stand in its place.
 
     Raises:
         ConfigError: there is none and the endpoint is not local.
     """
+    if endpoint.headers:
+        return ""
     key = os.environ.get(endpoint.api_key_env, "").strip()
     if not key and not is_local(endpoint.base_url):
         raise ConfigError(
@@ -221,6 +244,33 @@ def read_key(endpoint: Endpoint) -> str:
     if not (key.isascii() and key.isprintable()):
         raise ConfigError(f"${endpoint.api_key_env}: holds characters that no key has; set it again")
     return key
+
+
+_HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
+
+
+def read_headers(endpoint: Endpoint) -> dict[str, str]:
+    """The headers with their values from the environment.
+
+    Raises:
+        ConfigError: a name is none, or its variable is not set. What may be a secret itself is not shown.
+    """
+    headers: dict[str, str] = {}
+    for name, variable in endpoint.headers.items():
+        if not _HEADER.fullmatch(name):
+            raise ConfigError("endpoint.headers: one of the names is no name of a header; write {api-key: MY_VARIABLE}")
+        shown = f"the environment variable {variable}" if _VARIABLE.fullmatch(variable) else "an environment variable"
+        if variable not in os.environ:
+            raise ConfigError(
+                f"endpoint.headers: {name} takes its value from {shown}, which is not set; a recipe names the "
+                "variable, never the value: {api-key: MY_VARIABLE}"
+            )
+        value = os.environ[variable].strip()
+        if not value or not (value.isascii() and value.isprintable()):
+            raise ConfigError(f"endpoint.headers: {name} takes its value from {shown}, which holds nothing to send")
+        headers[name] = value
+    return headers
 
 
 def is_local(base_url: str) -> bool:
