@@ -85,9 +85,8 @@ class Tally:
         if not self.rejected or (self.rejected <= limit * self.read and self.kept):
             return
         share = self.rejected / self.read
-        lines = [
-            f"{self.rejected} of {counted(self.read, 'row')} ({share:.1%}) {one_or_many(self.rejected, 'was', 'were')} rejected, max_rejected allows {limit:.1%}"
-        ]
+        of = f"{self.rejected} of {counted(self.read, 'row')} ({share:.1%}) {one_or_many(self.rejected, 'was', 'were')}"
+        lines = [f"{of} rejected, max_rejected allows {limit:.1%}"]
         for count, reject in self.commonest():
             name = f"{reject.field}: " if reject.field else ""
             lines.append(f"  {count} x {name}{reject.reason}  (first at {reject.file}:{reject.line})")

@@ -229,8 +229,7 @@ def _show(report: Report, tally: Tally, out: Path, rejects: Path, report_path: P
         [tuple(map(escape_hidden, line)) for line in lines],
         text=("most often",),
     )
+    read = counted(report.read, "row")
     more = f" (+ {report.added} from cutting)" if report.added else ""
-    typer.echo(
-        f"{counted(report.read, 'row')} read{more}, {report.kept} kept, {report.rejected} rejected (listed in {rejects})"
-    )
+    typer.echo(f"{read} read{more}, {report.kept} kept, {report.rejected} rejected (listed in {rejects})")
     typer.echo(f"{out}: {counted(report.kept, 'conversation')}; examples of every step in {report_path}")

@@ -132,10 +132,9 @@ def _show(outcome: Outcome, out: Path, drop: bool) -> None:
     for count, reject in outcome.tally.commonest():
         place = f"first at {reject.file}:{reject.line}"
         console.warn(f"{count} rejected: {reject.field + ': ' if reject.field else ''}{reject.reason} ({place})")
+    read = counted(outcome.tally.read, "row")
     kept, rejected = sum(outcome.rows.values()), outcome.tally.rejected + outcome.dropped
-    typer.echo(
-        f"{counted(outcome.tally.read, 'row')} read, {kept} kept, {rejected} rejected (listed in {out / 'rejects.jsonl'})"
-    )
+    typer.echo(f"{read} read, {kept} kept, {rejected} rejected (listed in {out / 'rejects.jsonl'})")
     if outcome.evaluation_rows:
         where = f"dropped, listed in {out / 'rejects.jsonl'}" if drop else f"kept, listed in {out / 'overlaps.jsonl'}"
         typer.echo(
