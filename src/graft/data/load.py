@@ -167,9 +167,8 @@ def _decisions(
     """The format with its evidence, the columns that it has no use for, and what of the messages could not be kept."""
     names = " or ".join(", ".join(choice.columns.get(name, name) for name in fit) for fit, _ in fits.most_common())
     how = "" if source.format == "auto" else " (as asked)"
-    decisions = [
-        f"{part.name}: {choice.form.name}{how}: {fits.total()} of {counted(read, 'row')} {one_or_many(read, 'has', 'have')} {names}"
-    ]
+    rows = f"{counted(read, 'row')} {one_or_many(read, 'has', 'have')}"
+    decisions = [f"{part.name}: {choice.form.name}{how}: {fits.total()} of {rows} {names}"]
     if kept:
         more = f" and {len(kept) - 8} more" if len(kept) > 8 else ""
         columns = ", ".join(name[:40] for name, _ in kept.most_common(8))
