@@ -21,15 +21,14 @@ from transformers import (
 
 from graft.config.train import Sampling
 from graft.errors import InputError
-from graft.model import generate
+from graft.model import generate, room
 from graft.model.generate import (
-    Generated,
     PromptMemory,
     Stream,
-    context_limit,
     generate_batch,
     generate_in_batches,
 )
+from graft.model.room import Generated, context_limit
 
 VOCAB = 96
 
@@ -236,13 +235,16 @@ def test_batches_keep_to_rows_and_memory_and_cover_every_prompt_once(llama, monk
     prompts = _prompts(30)
     monkeypatch.setattr(generate, "BATCH_ROWS", 8)
     per_token = 2 * 2 * 2 * 8 * 4  # keys and values, layers, key heads, head size, bytes
-    monkeypatch.setattr(generate, "CACHE_BYTES", per_token * 150)
+    per_row = 4 * VOCAB * 4
+    monkeypatch.setattr(room, "free_bytes", lambda device: 2 * (per_token * 150 + per_row * 8))
     batches = [
         [index for index, _ in batch] for batch in generate_in_batches(llama, prompts, (), Sampling(max_new_tokens=4))
     ]
     assert sorted(index for batch in batches for index in batch) == list(range(30))
     assert all(len(batch) <= 8 for batch in batches)
-    assert all(len(batch) * (max(len(prompts[i]) for i in batch) + 4) <= 150 for batch in batches)
+    for batch in batches:
+        bytes_ = len(batch) * (per_row + per_token * (max(len(prompts[i]) for i in batch) + 4))
+        assert bytes_ <= per_token * 150 + per_row * 8
     assert max(len(batch) for batch in batches) == 8
     assert len(batches) > 4  # the memory bound, not only the row bound, was at work
 

@@ -10,10 +10,12 @@ from graft.config.data import Source
 from graft.config.train import Sampling
 from graft.data.load import load_sources
 from graft.errors import InputError
-from graft.model import generate
+from graft.model import flight
 from graft.model.generate import generate_batch
+from graft.model.trees import TreeLM
 from graft.tokens.load import load_renderer
 from graft.types import Conversation, Message, Origin
+from graft.use.engine import LoadedEngine
 from graft.use.predict import (
     answer_all,
     answer_settings,
@@ -30,7 +32,7 @@ SAMPLING = Sampling(max_new_tokens=6)
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
     folder = make_model_folder(tmp_path_factory.mktemp("model"))
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), load_renderer(str(folder))
+    return TreeLM(AutoModelForCausalLM.from_pretrained(folder).eval()), load_renderer(str(folder))
 
 
 @pytest.fixture
@@ -45,11 +47,12 @@ def _rows(path):
 
 def _predict(questions, out, opened, sampling=SAMPLING, **changes):
     settings = answer_settings("m", "w", opened[1], sampling)
-    return predict_file(questions, out, settings, lambda: opened, sampling, **changes)
+    return predict_file(questions, out, settings, lambda: (LoadedEngine(opened[0]), opened[1]), sampling, **changes)
 
 
 def test_rows_hold_question_answer_and_target_in_the_order_of_the_data(questions, opened, tmp_path):
-    model, renderer = opened
+    lm, renderer = opened
+    model = lm.model
     counts = _predict(questions, tmp_path / "out.jsonl", opened)
     rows = _rows(tmp_path / "out.jsonl")
     assert [row["id"] for row in rows] == [question.id for question in questions]
@@ -72,24 +75,25 @@ def test_rows_hold_question_answer_and_target_in_the_order_of_the_data(questions
 def test_a_broken_run_goes_on_where_it_was(questions, opened, tmp_path, monkeypatch, sampling, torn):
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
     _predict(questions, whole, opened, sampling)
-    monkeypatch.setattr(generate, "BATCH_ROWS", 3)
-    original, calls = generate._by_steps, []
+    monkeypatch.setattr(flight, "MOST_ROWS", 3)
+    original, joined = flight._Flight._read, []
 
-    def crash_in_the_fourth_batch(*arguments):
-        calls.append(len(arguments[1]))
-        if len(calls) == 4:
+    def crash_when_the_fourth_prompts_join(self, new):
+        joined.append(len(new))
+        if len(joined) == 4:
             raise KeyboardInterrupt
-        return original(*arguments)
+        return original(self, new)
 
-    monkeypatch.setattr(generate, "_by_steps", crash_in_the_fourth_batch)
+    monkeypatch.setattr(flight._Flight, "_read", crash_when_the_fourth_prompts_join)
     with pytest.raises(KeyboardInterrupt):
         _predict(questions, broken, opened, sampling)
-    assert len(_rows(broken)) == 9  # three batches are on disk
+    done = len(_rows(broken))
+    assert 0 < done <= sum(joined[:3]) < 20  # what had ended is on disk
     if torn:
         broken.write_bytes(broken.read_bytes()[:-torn])
     _predict(questions, broken, opened, sampling)
     assert broken.read_bytes() == whole.read_bytes()
-    assert sum(calls[4:]) == 11 + (1 if torn else 0)  # only what was missing was computed again
+    assert sum(joined[4:]) == 20 - done + (1 if torn else 0)  # only what was missing was computed again
 
 
 def test_a_finished_file_needs_no_model(questions, opened, tmp_path):
@@ -163,7 +167,7 @@ def test_prompts_are_those_of_training(opened, questions, tmp_path):
 def test_what_cannot_be_asked_gets_a_row_that_says_so(opened):
     long = Conversation("long", HERE, (Message("user", "word " * 400), Message("assistant", "x")))
     fine = Conversation("fine", HERE, (Message("user", "hello"), Message("assistant", "x")))
-    answers = answer_all(*opened, questions_of([long, fine])[0], SAMPLING)
+    answers = answer_all(LoadedEngine(opened[0]), opened[1], questions_of([long, fine])[0], SAMPLING)
     assert answers[0].finish == "too_long"
     assert answers[0].row["predict"] == ""
     assert answers[1].tokens > 0
@@ -179,7 +183,7 @@ def test_a_template_that_refuses_gives_a_row_too(opened, tmp_path):
     renderer = load_renderer(opened[1].tokenizer.name_or_path, str(template))
     bad = Conversation("bad", HERE, (Message("user", "bad"),))
     fine = Conversation("fine", HERE, (Message("user", "fine"),))
-    answers = answer_all(opened[0], renderer, questions_of([bad, fine])[0], SAMPLING)
+    answers = answer_all(LoadedEngine(opened[0]), renderer, questions_of([bad, fine])[0], SAMPLING)
     assert [answer.finish == "refused" for answer in answers] == [True, False]
 
 

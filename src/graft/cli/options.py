@@ -6,8 +6,13 @@ from typing import Annotated
 
 import typer
 
+from graft.config.train import EngineName
+
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="Run, model or adapter folder, or Hugging Face id.")]
 BasePath = Annotated[str | None, typer.Option(help="Base model of an adapter, where it is not where the adapter says.")]
+EngineOption = Annotated[
+    EngineName, typer.Option(help="What computes the answers; auto is transformers, vllm is an extra.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
 TrustRemoteCode = Annotated[

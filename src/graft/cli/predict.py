@@ -12,6 +12,7 @@ import typer
 from graft.cli.options import (
     BasePath,
     Device,
+    EngineOption,
     MaxNewTokens,
     ModelPath,
     Precision,
@@ -25,8 +26,8 @@ from graft.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from graft.model.generate import Model
     from graft.tokens.renderer import Renderer
+    from graft.use.engine import Engine
 
 
 def predict(
@@ -46,6 +47,7 @@ def predict(
     limit: Annotated[int | None, typer.Option(help="Only the first so many questions.", min=1)] = None,
     template: Annotated[str | None, typer.Option(help="Chat template; else the model's own.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin the file anew.")] = False,
+    engine: EngineOption = "auto",
     device: Device = "auto",
     precision: Precision = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -64,6 +66,7 @@ def predict(
     from graft.data.load import load_sources
     from graft.errors import InputError
     from graft.tokens.load import load_renderer
+    from graft.use.engine import check_engine, open_engine
     from graft.use.open import resolve
     from graft.use.predict import answer_settings, predict_file, questions_of, sampling_shown
 
@@ -81,6 +84,7 @@ def predict(
             "seed": seed,
         }
     )
+    check_engine(engine, sampling)
     loaded = load_sources([Source(path=path) for path in data], require_answer=False)
     for reject in loaded.rejects[:3]:
         warn(f"{reject.file}:{reject.line}: {reject.field}: {reject.reason}")
@@ -93,13 +97,11 @@ def predict(
     renderer = load_renderer(target.tokenizer, template, None, trust_remote_code)
     note(f"{len(questions)} questions, {sampling_shown(sampling)}")
 
-    def open_model() -> tuple[Model, Renderer]:
-        from graft.model.load import load_model
+    def opened() -> tuple[Engine, Renderer]:
+        return open_engine(engine, target, device, precision, trust_remote_code), renderer
 
-        return load_model(target.folder, device, precision, trust_remote_code, target.base).model, renderer
-
-    settings = answer_settings(target.folder, target.fingerprint(), renderer, sampling)
-    counts = predict_file(questions, out, settings, open_model, sampling, overwrite=overwrite)
+    settings = answer_settings(target.folder, target.fingerprint(), renderer, sampling, engine)
+    counts = predict_file(questions, out, settings, opened, sampling, overwrite=overwrite)
     note(f"{out}: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
     if as_json:
         typer.echo(json.dumps({"out": str(out), "rejected": len(loaded.rejects), **counts}))

@@ -14,15 +14,16 @@ from torch import Tensor
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomForCausalLM, dropout_add
 
 from graft.model.attention import BACKENDS, Shape, TreeRow
+from graft.model.kept import NextRow, PromptRow
 
 
 class RowMask(Tensor):
     """A 4-D mask that masks nothing and carries the row: the one argument that Bloom hands on untouched."""
 
-    row: TreeRow
+    row: TreeRow | PromptRow | NextRow
 
     @classmethod
-    def of(cls, row: TreeRow) -> RowMask:
+    def of(cls, row: TreeRow | PromptRow | NextRow) -> RowMask:
         """A mask on the row's device."""
         mask = torch.zeros(1, 1, 1, 1, device=row.ids.device).as_subclass(cls)
         mask.row = row
@@ -62,13 +63,17 @@ def _install_attention(module: BloomAttention, backend: str) -> None:
     compute = BACKENDS[backend]
 
     def forward(hidden_states: Tensor, residual: Tensor, alibi: Any, attention_mask: Tensor, **others: Any) -> Any:
-        if not isinstance(alibi, TreeRow):
+        if not isinstance(alibi, TreeRow | PromptRow | NextRow):
             return own_forward(hidden_states, residual, alibi=alibi, attention_mask=attention_mask, **others)
-        alibi.calls += 1
         query, key, value = module._reshape(module.query_key_value(hidden_states))  # each [1, H, N, D]
         slopes = alibi_slopes(module.num_heads).to(query.device)
         dropout = module.attention_dropout.p if module.training else 0.0
-        context = compute(query, key, value, alibi, Shape(module.inv_norm_factor, slopes=slopes, dropout=dropout))
+        shape = Shape(module.inv_norm_factor, slopes=slopes, dropout=dropout)
+        if isinstance(alibi, TreeRow):
+            alibi.calls += 1
+            context = compute(query, key, value, alibi, shape)
+        else:  # generation
+            context = alibi.attend(query, key, value, shape)
         output = module.dense(context.transpose(1, 2).flatten(2))
         return dropout_add(output, residual, module.hidden_dropout, module.training), None
 

@@ -7,7 +7,9 @@ import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import torch
 
 from graft.errors import ConfigError
@@ -92,3 +94,30 @@ def memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     per_unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * per_unit / 2**30
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be had: on CUDA what is free or only reserved, else what the machine has available.
+
+    In a container it is what the container may still take. For accelerators other than CUDA that have a memory of
+    their own this is a guess.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+    except (OSError, ValueError, KeyError):  # no control group, or no limit ("max")
+        return free
+    return max(0, min(free, limit - used + int(cached)))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch says that memory ran out; the CPU's allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )

@@ -1,9 +1,10 @@
 """From prompts to answers, as ids. Knows models and tensors; knows no text, no templates and no files.
 
-Two things that go wrong elsewhere cannot happen here. Prompts are left-padded in this file, with their own attention
-mask and position ids, so nothing depends on a tokenizer's padding side or on which id it calls padding. And every
-setting of the generation is passed in: what a model folder's generation_config.json says (a temperature, an end of
-sequence id, a suppressed token) is never consulted.
+A model that is exact on token trees answers on them (`flight`). All others, and beams, are answered here, in padded
+batches. Two things that go wrong elsewhere cannot happen: prompts are left-padded in this file, with their own
+attention mask and position ids, so nothing depends on a tokenizer's padding side or on which id it calls padding. And
+every setting of the generation is passed in: what a model folder's generation_config.json says (a temperature, an end
+of sequence id, a suppressed token) is never consulted.
 
 Shape legend: B rows of a batch, T tokens fed in one forward pass, S tokens seen so far, V vocabulary.
 """
@@ -17,31 +18,32 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from graft.config.train import Sampling
+from graft.console import warn_once
 from graft.errors import InputError
 from graft.model.adapters import plain
+from graft.model.device import out_of_memory
+from graft.model.flight import answer_on_trees
+from graft.model.kept import KEPT
 from graft.model.pick import Picker, seeded
-
-Model = PreTrainedModel | PeftModel
+from graft.model.room import (
+    Budget,
+    Generated,
+    Model,
+    check_prompt,
+    context_limit,
+    new_tokens_allowed,
+    same_positions_up_to,
+)
+from graft.model.trees import TreeLM
 
 BATCH_ROWS = 64
-"""Most prompts answered at once."""
-CACHE_BYTES = 2**30
-"""Most memory that the keys and values of one batch may come to; larger models get smaller batches."""
+"""Most prompts of one padded batch."""
 _STANDARD_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
-
-
-@dataclass(frozen=True, slots=True)
-class Generated:
-    """One answer. `ids` leaves the stop token out; `stopped` says whether there was one."""
-
-    ids: tuple[int, ...]
-    stopped: bool
 
 
 @dataclass(slots=True)
@@ -81,21 +83,12 @@ class PromptMemory:
         return shared
 
 
-def context_limit(model: Model) -> int | None:
-    """Most tokens of prompt and answer together (`max_position_embeddings`), or None where the model names no limit."""
-    # Configurations are one class per family and some have no such field (ALiBi, recurrent models).
-    limit = getattr(plain(model).config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def new_tokens_allowed(model: Model, prompt_len: int, wanted: int) -> int:
-    """How many of `wanted` new tokens fit behind a prompt; 0 or less: the prompt alone fills the context."""
-    limit = context_limit(model)
-    return wanted if limit is None else min(wanted, limit - prompt_len)
-
-
 def generate_batch(
-    model: Model, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], sampling: Sampling, pad_id: int = 0
+    model: Model | TreeLM,
+    prompts: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
+    sampling: Sampling,
+    pad_id: int = 0,
 ) -> list[Generated]:
     """Answer all prompts; the results are in the order of the prompts. See `generate_in_batches`."""
     results: list[Generated | None] = [None] * len(prompts)
@@ -106,29 +99,91 @@ def generate_batch(
 
 
 def generate_in_batches(
-    model: Model, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], sampling: Sampling, pad_id: int = 0
+    model: Model | TreeLM,
+    prompts: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
+    sampling: Sampling,
+    pad_id: int = 0,
 ) -> Iterator[list[tuple[int, Generated]]]:
-    """Answer prompts of like length together and give out (index of the prompt, answer) batch by batch, longest first.
+    """Answer prompts side by side and give out (index of the prompt, answer), some at a time, as they end.
 
-    An answer does not depend on what else is in its batch: greedy answers in fp32 are those of single runs, and each
+    A `TreeLM` that is exact on trees computes once what prompts share; anything else, and beams, go through padded
+    batches of prompts of like length. Equal prompts are answered once.
+
+    An answer does not depend on what it is computed with: greedy answers in fp32 are those of single runs, and each
     sampled row draws from its own generator, seeded by `sampling.seed` and its prompt. An answer ends with a stop id,
     after `max_new_tokens`, or where the model's context is full (`stopped` is then false).
 
     Raises:
-        InputError: a prompt is empty or leaves no room for one new token, or beams are asked of a recurrent model.
+        InputError: a prompt is empty or leaves no room for one new token, beams are asked of a recurrent model, or
+            memory is too small for one answer.
     """
+    lm, model = (model, model.model) if isinstance(model, TreeLM) else (None, model)
     for index, prompt in enumerate(prompts):
-        _check_prompt(model, prompt, f"prompt {index}", sampling)
+        check_prompt(model, prompt, f"prompt {index}", sampling)
     if sampling.num_beams > 1 and plain(model)._is_stateful:
         raise InputError(
             f"num_beams {sampling.num_beams}: a recurrent model cannot be searched by beams; use num_beams 1"
         )
-    for chosen in _batches(model, [len(prompt) for prompt in prompts], sampling):
-        batch = [prompts[index] for index in chosen]
-        with _inference(model):
-            answer = _by_beams if sampling.num_beams > 1 else _by_steps
-            generated = answer(model, batch, stop_ids, sampling, pad_id)
-        yield list(zip(chosen, generated, strict=True))
+    equal: dict[tuple[int, ...], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        equal.setdefault(tuple(prompt), []).append(index)
+    different = list(equal)
+    places = list(range(len(different)))
+    work: list[tuple[list[int], Iterator[list[tuple[int, Generated]]]]] = []
+    if lm is not None and lm.on_trees and sampling.num_beams == 1:
+        here = [place for place in places if not _alone(model, len(different[place]), sampling)]
+        places = sorted(set(places) - set(here))
+        work.append((here, _on_trees(lm, [different[place] for place in here], stop_ids, sampling)))
+    apart = [different[place] for place in places]
+    work.append((places, _in_padded_batches(model, apart, stop_ids, sampling, pad_id)))
+    for places, batches in work:
+        for batch in batches:
+            yield [(index, answer) for place, answer in batch for index in equal[different[places[place]]]]
+
+
+def _on_trees(
+    lm: TreeLM, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], sampling: Sampling
+) -> Iterator[list[tuple[int, Generated]]]:
+    """The answers of a model that is exact on trees; its attention is as it was whenever some are given out."""
+    answers = answer_on_trees(lm, prompts, stop_ids, sampling)
+    while True:
+        with _inference(lm.model, KEPT):
+            ended = next(answers, None)
+        if ended is None:
+            return
+        yield ended
+
+
+def _in_padded_batches(
+    model: Model, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], sampling: Sampling, pad_id: int
+) -> Iterator[list[tuple[int, Generated]]]:
+    """Batch by batch, longest prompts first; where memory runs out, batches of half as many rows from there on."""
+    answer = _by_beams if sampling.num_beams > 1 else _by_steps
+    waiting = list(_batches(model, [len(prompt) for prompt in prompts], sampling))[::-1]
+    while waiting:
+        chosen = waiting.pop()
+        generated = None
+        try:
+            with _inference(model):
+                generated = answer(model, [prompts[index] for index in chosen], stop_ids, sampling, pad_id)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        if generated is not None:
+            yield list(zip(chosen, generated, strict=True))
+            continue
+        if len(chosen) == 1:
+            raise InputError(
+                f"memory is too small for one answer: the prompt has {len(prompts[chosen[0]])} tokens and "
+                f"{sampling.max_new_tokens} may follow; allow fewer new tokens, or take another device or precision"
+            )
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        warn_once("memory ran out, so fewer answers are computed side by side")
+        most = len(chosen) // 2
+        whole = [*waiting, chosen]
+        waiting = [batch[start : start + most] for batch in whole for start in reversed(range(0, len(batch), most))]
 
 
 class Stream(Iterator[int]):
@@ -153,7 +208,7 @@ class Stream(Iterator[int]):
             raise InputError(
                 f"num_beams {sampling.num_beams}: beams are known only at the end; stream with num_beams 1"
             )
-        _check_prompt(model, prompt, "the conversation", sampling)
+        check_prompt(model, prompt, "the conversation", sampling)
         self.stopped = False
         self._model, self._stop_ids, self._sampling = model, frozenset(stop_ids), sampling
         self._room = new_tokens_allowed(model, len(prompt), sampling.max_new_tokens)
@@ -316,14 +371,14 @@ def _left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.devic
 
 def _batches(model: Model, lengths: Sequence[int], sampling: Sampling) -> Iterator[list[int]]:
     """Indices of the prompts answered together, longest first: the largest batch comes at the start, not at the end."""
-    alone = sampling.temperature > 0 and sampling.num_beams > 1  # transformers draws for the whole batch at once
-    budget = CACHE_BYTES // max(1, _cache_bytes_per_token(model) * sampling.num_beams)
+    together = not (sampling.temperature > 0 and sampling.num_beams > 1)  # transformers draws for the batch as a whole
+    budget = Budget.of(model)
     room = [new_tokens_allowed(model, length, sampling.max_new_tokens) for length in lengths]
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         first = lengths[batch[0]] if batch else lengths[index]
-        tokens = (first + room[index]) * (len(batch) + 1)
-        fits = tokens <= budget and len(batch) < BATCH_ROWS and not alone
+        most = min(BATCH_ROWS, budget.rows(first + room[index]) // sampling.num_beams)
+        fits = len(batch) < most and together and not _alone(model, first, sampling)
         if plain(model)._is_stateful:  # a recurrent state has no mask for padding
             fits = fits and lengths[index] == first
         elif sampling.num_beams > 1:  # one number of new tokens for the whole batch
@@ -336,42 +391,30 @@ def _batches(model: Model, lengths: Sequence[int], sampling: Sampling) -> Iterat
         yield batch
 
 
-def _cache_bytes_per_token(model: Model) -> int:
-    """Bytes of keys and values per token, from above: grouped or latent attention keeps less than this."""
-    module = plain(model)
-    config = module.config.get_text_config()
-    if module._is_stateful:
-        return 1  # nothing is kept per token
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * int(config.num_hidden_layers) * int(heads) * int(width) * module.dtype.itemsize
-
-
-def _check_prompt(model: Model, prompt: Sequence[int], name: str, sampling: Sampling) -> None:
-    if not prompt:
-        raise InputError(f"{name} has no tokens; the chat template rendered nothing")
-    if new_tokens_allowed(model, len(prompt), sampling.max_new_tokens) < 1:
-        raise InputError(
-            f"{name} has {len(prompt)} tokens and the model's context is {context_limit(model)}: no room for an "
-            "answer; shorten it"
-        )
+def _alone(model: Model, prompt_len: int, sampling: Sampling) -> bool:
+    """Whether an answer may come to change how positions are encoded, for all that is computed with it."""
+    limit = same_positions_up_to(model)
+    return limit is not None and prompt_len + sampling.max_new_tokens > limit
 
 
 @contextmanager
-def _inference(model: Model) -> Iterator[None]:
-    """No gradients, no dropout, and an attention that reads the padding mask; all put back afterwards."""
+def _inference(model: Model, attention: str | None = None) -> Iterator[None]:
+    """No gradients, no dropout, and the wanted attention, else one that reads the padding mask; all put back after."""
     module = plain(model)
-    training, attention = module.training, module.config._attn_implementation
-    replace = attention is not None and attention not in _STANDARD_ATTENTION
+    training, own = module.training, module.config._attn_implementation
+    wanted = attention
+    if attention is None and own is not None and own not in _STANDARD_ATTENTION:
+        # graft's tree attention takes rows of trees, not padded batches
+        wanted = "sdpa" if module._supports_sdpa else "eager"
     if training:
         module.train(False)
-    if replace:  # graft's tree attention takes rows of trees, not padded batches
-        module.set_attn_implementation("sdpa" if module._supports_sdpa else "eager")
+    if wanted is not None and own is not None:
+        module.set_attn_implementation(wanted)
     try:
         with torch.inference_mode():
             yield
     finally:
-        if replace:
-            module.set_attn_implementation(attention)
+        if wanted is not None and own is not None:
+            module.set_attn_implementation(own)
         if training:
             module.train()

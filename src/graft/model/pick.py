@@ -15,47 +15,62 @@ from graft.config.train import Sampling
 
 
 class Picker:
-    """Chooses the next token of each row: the best, or by its own stream of random numbers."""
+    """Chooses the next token of each row: the best, or by its own stream of random numbers.
+
+    Rows may come and go; each has its own count of steps, so what is chosen never depends on the others.
+    """
 
     def __init__(self, sampling: Sampling, prompts: Sequence[Sequence[int]], most: int, device: torch.device) -> None:
-        self._sampling = sampling
-        self._prompts: Sequence[Sequence[int]] | None = prompts if sampling.repetition_penalty != 1 else None
+        """`most` is the largest number of tokens that any row will be given."""
+        self._sampling, self._most, self._device = sampling, most, device
+        self._drawn = torch.empty(0, most, device=device)  # [B, most] uniform numbers in [0, 1)
+        self._step = torch.empty(0, dtype=torch.long, device=device)  # [B] tokens chosen so far
         self._seen: Tensor | None = None  # [B, V] tokens in the prompt or the answer
-        self._drawn: Tensor | None = None  # [B, steps] uniform numbers in [0, 1)
-        self._step = 0
-        if sampling.temperature > 0:
-            draws = [torch.rand(most, generator=seeded(sampling.seed, prompt)) for prompt in prompts]
-            self._drawn = torch.stack(draws).to(device)
+        self._unseen: list[Sequence[int]] = []  # prompts of the last rows, which `_seen` does not have yet
+        self.join(prompts)
 
-    def pick(self, logits: Tensor) -> Tensor:
-        """logits [B, V] -> token ids [B]."""
+    def join(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Add rows behind those that are there."""
+        if self._sampling.repetition_penalty != 1:
+            self._unseen += prompts
+        if self._sampling.temperature > 0 and prompts:
+            draws = [torch.rand(self._most, generator=seeded(self._sampling.seed, prompt)) for prompt in prompts]
+            self._drawn = torch.cat([self._drawn, torch.stack(draws).to(self._device)])
+            self._step = torch.cat([self._step, self._step.new_zeros(len(prompts))])
+
+    def pick(self, logits: Tensor, first: int = 0) -> Tensor:
+        """logits [B, V] of the rows from `first` on -> token ids [B]."""
         sampling = self._sampling
-        if self._prompts is not None:
-            logits = self._penalise(logits, self._prompts)
-        if self._drawn is None:
-            chosen = logits.argmax(-1)
+        if sampling.repetition_penalty != 1:
+            logits = self._penalise(logits, first)
+        if sampling.temperature > 0:
+            drawn = self._drawn[first:].gather(1, self._step[first:, None])[:, 0]
+            chosen = _draw(logits / sampling.temperature, drawn, sampling.top_k, sampling.top_p)
+            self._step[first:] += 1
         else:
-            chosen = _draw(logits / sampling.temperature, self._drawn[:, self._step], sampling.top_k, sampling.top_p)
-        self._step += 1
+            chosen = logits.argmax(-1)
         if self._seen is not None:
-            self._seen[torch.arange(len(chosen), device=chosen.device), chosen] = True
+            self._seen[first:].scatter_(1, chosen[:, None], True)
         return chosen
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Go on with some rows only; rows [B'] indices."""
-        if self._drawn is not None:
-            self._drawn = self._drawn[rows]
+        """Go on with some rows only, in this order; rows [B'] indices."""
+        if self._sampling.temperature > 0:
+            self._drawn, self._step = self._drawn[rows], self._step[rows]
         if self._seen is not None:
             self._seen = self._seen[rows]
 
-    def _penalise(self, logits: Tensor, prompts: Sequence[Sequence[int]]) -> Tensor:
+    def _penalise(self, logits: Tensor, first: int) -> Tensor:
         """Make tokens that were used already less likely (Keskar et al. 2019, arXiv:1909.05858, section 4.1)."""
-        if self._seen is None:
-            self._seen = torch.zeros_like(logits, dtype=torch.bool)
-            for row, prompt in enumerate(prompts):
-                self._seen[row, torch.tensor(sorted(set(prompt)), device=logits.device)] = True
+        if self._unseen:
+            seen = torch.zeros(len(self._unseen), logits.shape[-1], dtype=torch.bool, device=logits.device)
+            for row, prompt in enumerate(self._unseen):
+                seen[row, torch.tensor(sorted(set(prompt)), device=logits.device)] = True
+            self._seen = seen if self._seen is None else torch.cat([self._seen, seen])
+            self._unseen = []
+        assert self._seen is not None
         penalty = self._sampling.repetition_penalty
-        return torch.where(self._seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        return torch.where(self._seen[first:], torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def _draw(logits: Tensor, uniform: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -27,6 +27,10 @@ SHORTEST_RUN = 16
 """Sharing fewer tokens than this costs more, by an attention call of their own, than computing them again."""
 
 
+Path = npt.NDArray[np.int64]
+"""[L] the nodes of one example, root first."""
+
+
 def build_rows(examples: Sequence[Example], row_tokens: int, share: bool = True, shortest_run: int = 1) -> list[Row]:
     """Merge examples into trees and cut the forest into rows of at most `row_tokens` nodes.
 
@@ -38,7 +42,14 @@ def build_rows(examples: Sequence[Example], row_tokens: int, share: bool = True,
     Raises:
         ValueError: an example is empty or longer than `row_tokens`.
     """
-    rows: list[Row] = []
+    return [row for row, _ in rows_with_paths(examples, row_tokens, share, shortest_run)]
+
+
+def rows_with_paths(
+    examples: Sequence[Example], row_tokens: int, share: bool = True, shortest_run: int = 1
+) -> list[tuple[Row, list[tuple[Example, Path]]]]:
+    """The rows of `build_rows`, each with its examples and the nodes that each of them passes through, root first."""
+    rows: list[tuple[Row, list[tuple[Example, Path]]]] = []
     forest = _Forest()
     ordered = sorted(examples, key=lexicographic)
     for example, shared in zip(ordered, _shared(ordered, shortest_run), strict=True):
@@ -49,11 +60,11 @@ def build_rows(examples: Sequence[Example], row_tokens: int, share: bool = True,
             )
         full = forest.size + length - shared > row_tokens
         if forest.size and (full or not share):
-            rows.append(forest.row())
+            rows.append((forest.row(), forest.paths()))
             forest = _Forest()
         forest.add(example, shared if forest.size else 0)
     if forest.size:
-        rows.append(forest.row())
+        rows.append((forest.row(), forest.paths()))
     return rows
 
 
@@ -69,7 +80,7 @@ def _shared(ordered: Sequence[Example], shortest_run: int) -> list[int]:
     it is that branch's depth. Branches are found from the root: the least common prefix within a group of neighbours
     is where the group first branches, and cuts it into groups that branch further down.
     """
-    common = [0, *(_common(a.ids, b.ids) for a, b in itertools.pairwise(ordered))]
+    common = [0, *(common_length(a.ids, b.ids) for a, b in itertools.pairwise(ordered))]
     shared = list(common)
     groups = [(1, len(ordered), 0)]  # examples first-1 to last-1, and the depth of the branch above them
     while groups:
@@ -90,7 +101,7 @@ def _shared(ordered: Sequence[Example], shortest_run: int) -> list[int]:
     return shared
 
 
-def _common(a: IntArray, b: IntArray) -> int:
+def common_length(a: IntArray, b: IntArray) -> int:
     """Length of the longest common prefix."""
     most = min(len(a), len(b))
     differs = np.flatnonzero(a[:most] != b[:most])
@@ -110,6 +121,10 @@ class _Forest:
         self.path = np.concatenate([self.path[:shared], new])
         self.size += len(new)
         self.added.append((example, shared, self.path))
+
+    def paths(self) -> list[tuple[Example, Path]]:
+        """What was added, and where it lies."""
+        return [(example, path) for example, _, path in self.added]
 
     def row(self) -> Row:
         """The five arrays of what was added."""

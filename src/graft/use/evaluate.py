@@ -26,13 +26,14 @@ from graft.tokens.encode import encode_all
 from graft.tokens.load import load_renderer
 from graft.tokens.renderer import Renderer
 from graft.types import Conversation, Example, Message
+from graft.use.engine import Engine, LoadedEngine
 from graft.use.metrics import exact_match, proportion
 from graft.use.open import Target, resolve
 from graft.use.predict import Answer, Question, answer_all, questions_of, sampling_shown
 from graft.use.result import Column, Evaluation
 
 if TYPE_CHECKING:
-    from graft.model.generate import Model
+    from graft.model.room import Model
     from graft.model.load import LoadedModel
     from graft.model.trees import TreeLM
 
@@ -122,14 +123,14 @@ class _Work:
             if encoded.rejects:
                 warn(f"{len(encoded.rejects)} conversations have no loss, the first: {encoded.rejects[0].reason}")
             note(sampling_shown(self.sampling()))
-        answers = answer_all(opened.model, renderer, self.questions, self.sampling(), label=f"{name} answers")
+        answers = answer_all(opened.engine, renderer, self.questions, self.sampling(), label=f"{name} answers")
         loss, accuracy, tokens = _teacher_forced(opened, encoded.examples)
         yield column_of(name, opened.path, 0, answers, (loss, accuracy, tokens), self.options)
         if self.shots:
             count = self.options.shots
             shown = f"{name} {count}-shot"
             answers = answer_all(
-                opened.model, renderer, self.questions, self.sampling(), shots=self.shots, label=f"{shown} answers"
+                opened.engine, renderer, self.questions, self.sampling(), shots=self.shots, label=f"{shown} answers"
             )
             yield column_of(shown, opened.path, count, answers, (None, None, None), self.options)
 
@@ -142,6 +143,8 @@ class _Opened:
     loaded: LoadedModel
     lm: TreeLM
     """Made once per loaded model: it leaves its attention in place."""
+    engine: Engine
+    """Answers prompts with it."""
     precision: str
 
     @property
@@ -202,7 +205,8 @@ def _open(target: Target, options: Options) -> _Opened:
     from graft.model.trees import TreeLM
 
     loaded = load_model(target.folder, options.device, options.precision, options.trust_remote_code, target.base)
-    return _Opened(target.folder, loaded, TreeLM(loaded.model), options.precision)
+    lm = TreeLM(loaded.model)
+    return _Opened(target.folder, loaded, lm, LoadedEngine(lm), options.precision)
 
 
 @contextmanager

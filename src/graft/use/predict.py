@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from graft.config.train import Sampling
+from graft.config.train import EngineName, Sampling
 from graft.console import note, progress, warn
 from graft.errors import InputError
 from graft.runs import write_atomic
@@ -24,7 +25,7 @@ from graft.tokens.response import split_reasoning
 from graft.types import Conversation, Message
 
 if TYPE_CHECKING:
-    from graft.model.generate import Model
+    from graft.use.engine import Engine
 
 Finish = Literal["stop", "length", "too_long", "refused"]
 """Why an answer ended: a stop token, the limit of new tokens; or why there is none: the prompt fills the model's
@@ -106,7 +107,7 @@ def split_answer(text: str) -> tuple[str | None, str]:
 
 
 def answer_all(
-    model: Model,
+    engine: Engine,
     renderer: Renderer,
     questions: Sequence[Question],
     sampling: Sampling,
@@ -117,14 +118,14 @@ def answer_all(
     """Answers in the order of the questions, with a progress bar."""
     answers: dict[int, Answer] = {}
     with progress(label, len(questions)) as advance:
-        for batch in answer_in_batches(model, renderer, questions, sampling, shots):
+        for batch in answer_in_batches(engine, renderer, questions, sampling, shots):
             answers.update(batch)
             advance(len(batch), "")
     return [answers[index] for index in range(len(questions))]
 
 
 def answer_in_batches(
-    model: Model,
+    engine: Engine,
     renderer: Renderer,
     questions: Sequence[Question],
     sampling: Sampling,
@@ -134,8 +135,6 @@ def answer_in_batches(
 
     `shots` are example turns that are put before the first turn of each conversation, after its system text.
     """
-    from graft.model.generate import generate_in_batches, new_tokens_allowed
-
     prompts: list[list[int]] = []
     places: list[int] = []
     unasked: list[tuple[int, Answer]] = []
@@ -146,7 +145,7 @@ def answer_in_batches(
             warn(f"{question.id}: the chat template refuses it: {error}")
             unasked.append((index, Answer(question, "", None, "refused", 0)))
             continue
-        if new_tokens_allowed(model, len(prompt), 1) < 1:
+        if engine.new_tokens_allowed(len(prompt), 1) < 1:
             warn(f"{question.id}: its prompt of {len(prompt)} tokens fills the model's context; it gets no answer")
             unasked.append((index, Answer(question, "", None, "too_long", 0)))
             continue
@@ -154,7 +153,7 @@ def answer_in_batches(
         places.append(index)
     if unasked:
         yield unasked
-    for batch in generate_in_batches(model, prompts, renderer.stop_ids, sampling):
+    for batch in engine.answers(prompts, renderer.stop_ids, sampling):
         done = []
         for place, generated in batch:
             question = questions[places[place]]
@@ -174,16 +173,17 @@ def predict_file(
     questions: Sequence[Question],
     out: Path,
     settings: Mapping[str, Any],
-    open_model: Callable[[], tuple[Model, Renderer]],
+    open_engine: Callable[[], tuple[Engine, Renderer]],
     sampling: Sampling,
     *,
     overwrite: bool = False,
 ) -> dict[str, int]:
     """Answer questions into a jsonl file of {id, input, predict, target, finish, ...}; returns how many ended how.
 
-    Each batch is on disk before the next begins. A run that was broken off goes on where it was: answered ids are
-    skipped and a torn last line is removed. `settings` (everything that shapes the answers) lies beside the file, and
-    answers of other settings are never mixed in. At the end the rows are in the order of the questions.
+    Answers are written as they end; a power cut loses no more than a second's. A run that was broken off goes on
+    where it was: answered ids are skipped and a torn last line is removed. `settings` (everything that shapes the
+    answers) lies beside the file, and answers of other settings are never mixed in. At the end the rows are in the
+    order of the questions.
 
     Raises:
         InputError: the file was written with other settings, by something else, or for other questions.
@@ -197,12 +197,15 @@ def predict_file(
     if begun:
         note(f"{out}: {len(questions) - len(missing)} of {len(questions)} questions are answered already")
     if missing:
-        model, renderer = open_model()
+        engine, renderer = open_engine()
         with out.open("ab") as file, progress("predicting", len(questions), len(questions) - len(missing)) as advance:
-            for batch in answer_in_batches(model, renderer, missing, sampling):
+            synced = time.monotonic()
+            for batch in answer_in_batches(engine, renderer, missing, sampling):
                 file.write(b"".join(_line(answer.row) for _, answer in batch))
-                file.flush()
-                os.fsync(file.fileno())
+                file.flush()  # the process may be killed now
+                if time.monotonic() - synced > 1:
+                    os.fsync(file.fileno())  # the machine may lose its power now
+                    synced = time.monotonic()
                 advance(len(batch), "")
     rows = {row["id"]: row for row in _rows(out)}
     ordered = [rows.pop(question.id) for question in questions] + list(rows.values())
@@ -218,12 +221,15 @@ def write_predictions(path: Path, answers: Sequence[Answer]) -> None:
     write_atomic(path, b"".join(_line(answer.row) for answer in answers))
 
 
-def answer_settings(model: str, weights: str, renderer: Renderer, sampling: Sampling) -> dict[str, Any]:
+def answer_settings(
+    model: str, weights: str, renderer: Renderer, sampling: Sampling, engine: EngineName = "auto"
+) -> dict[str, Any]:
     """Everything that shapes an answer, for the file beside the predictions."""
     template = hashlib.sha256(renderer.template.encode()).hexdigest()[:16]
     if Path(model).exists():
         model = str(Path(model).resolve())  # the same model, wherever it is named from
-    return {"model": model, "weights": weights, "template": template, "sampling": sampling.model_dump()}
+    settings = {"model": model, "weights": weights, "template": template, "sampling": sampling.model_dump()}
+    return settings | ({"engine": engine} if engine == "vllm" else {})  # its kernels round otherwise
 
 
 def settings_path(out: Path) -> Path:
