@@ -33,8 +33,8 @@ from graft.use.predict import Answer, Question, answer_all, questions_of, sampli
 from graft.use.result import Column, Evaluation
 
 if TYPE_CHECKING:
-    from graft.model.room import Model
     from graft.model.load import LoadedModel
+    from graft.model.room import Model
     from graft.model.trees import TreeLM
 
 MOST_NEW_TOKENS = 2048
