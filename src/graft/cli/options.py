@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from graft.config.train import EngineName
+from graft.config.engine import EngineName
 
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="Run, model or adapter folder, or Hugging Face id.")]
 BasePath = Annotated[str | None, typer.Option(help="Base model of an adapter, where it is not where the adapter says.")]

@@ -148,10 +148,6 @@ class Train(Settings):
         return self
 
 
-EngineName = Literal["auto", "transformers", "vllm"]
-"""What computes answers: `auto` is `transformers`, graft's own generation with the model as transformers loads it."""
-
-
 class Sampling(Settings):
     """How text is generated: greedy unless a temperature or beams are given."""
 

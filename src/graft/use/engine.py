@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from graft.config.train import EngineName, Sampling
+from graft.config.engine import EngineName
+from graft.config.train import Sampling
 from graft.console import note
 from graft.errors import InputError
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from graft.config.train import EngineName, Sampling
+from graft.config.engine import EngineName
+from graft.config.train import Sampling
 from graft.console import note, progress, warn
 from graft.errors import InputError
 from graft.runs import write_atomic
