@@ -17,6 +17,7 @@ from graft.data.load import load_sources, refuse_if_too_many, write_rejects
 from graft.data.write import as_row, write_conversations
 from graft.errors import DataRefused, GraftError, InputError
 from graft.types import Conversation, Message, Origin, Reject
+from graft.words import counted
 
 
 def source(path: Path, form: str = "auto") -> Source:
@@ -85,7 +86,10 @@ def test_real_files_are_read_unconfigured_and_survive_a_round_trip(material, tmp
     loaded = load_sources([source(path)])
     assert (loaded.read, len(loaded.rejects)) == (read, rejected)
     assert len(loaded.conversations) == read - rejected
-    evidence = {f"{path}: {form}: {read} of {read} rows have {', '.join(columns)}" for columns in FORMATS[form].columns}
+    evidence = {
+        f"{path}: {form}: {read} of {counted(read, 'row')} have {', '.join(columns)}"
+        for columns in FORMATS[form].columns
+    }
     assert loaded.decisions[0] in evidence
     assert len({item.id for item in loaded.conversations}) == read - rejected
     if loaded.conversations:

@@ -264,7 +264,10 @@ def test_a_run_can_be_resumed_from_another_folder(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").symlink_to(base)
     settings_for(base, tmp_path)  # writes the data
-    names = ["model=model", "data=data.jsonl", "out=run"]
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({"facts": {"file_name": "data.jsonl", "formatting": "openai"}})
+    )
+    names = ["model=model", "data=dataset_info.json#facts", "out=run"]
     train(settings_for(base, tmp_path, *names, "max_steps=4", "save_every=2"))
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     elsewhere = tmp_path / "elsewhere"
@@ -272,7 +275,7 @@ def test_a_run_can_be_resumed_from_another_folder(base, tmp_path, monkeypatch):
     monkeypatch.chdir(elsewhere)
     again = load_train(tmp_path / "run" / "config.yaml", [], {"resume": True, "out": str(tmp_path / "run")})
     assert train(again).final.is_dir()
-    assert saved["data"][0]["path"] == str(tmp_path / "data.jsonl")
+    assert saved["data"][0]["path"] == str(tmp_path / "dataset_info.json#facts")
 
 
 def test_a_model_folder_is_no_place_for_a_run(base, tmp_path):

@@ -102,8 +102,11 @@ def write_settings(settings: Train, run: RunFolder) -> None:
 
 
 def _from_anywhere(name: str | None) -> str | None:
-    """A file or folder's absolute path; any other name as it is."""
-    return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
+    """The absolute path of a file, a folder or a part of one (`FILE#PART`); any other name as it is."""
+    if name is None or Path(name).exists():
+        return name and str(Path(name).resolve())
+    file, sign, part = name.rpartition("#")
+    return f"{Path(file).resolve()}{sign}{part}" if file and Path(file).exists() else name
 
 
 @dataclass(slots=True)
