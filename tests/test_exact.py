@@ -34,7 +34,7 @@ def in_rows(lm: TreeLM, examples, row_tokens: int) -> tuple[float, dict[str, tor
     rows = lm.rows(examples, row_tokens)
     loss = 0.0
     for row in rows:
-        share = row_loss(lm, TreeRow.of(row, lm.device)).nll / weight
+        share = row_loss(lm, lm.place(row)).nll / weight
         share.backward()
         loss += float(share.detach())
     return loss, {name: p.grad.clone() for name, p in lm.model.named_parameters() if p.grad is not None}, len(rows)

@@ -454,7 +454,7 @@ def test_a_few_bad_steps_are_skipped_and_many_stop_the_run(base, tmp_path, monke
         def spoilt(stepper, *args):
             count.append(1)
             nll = accumulate(stepper, *args)
-            return math.nan if len(count) <= until else nll
+            return nll * math.nan if len(count) <= until else nll
 
         return spoilt
 

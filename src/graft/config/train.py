@@ -81,6 +81,14 @@ class Train(Settings):
     """`auto` is bf16 where the device computes it natively, else fp16 with a scaler on CUDA, else fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    attention: Literal["auto", "segments", "flex", "varlen", "dense"] = "auto"
+    """Kernel of the trees' attention; the result is the same. `auto` is segments, on CUDA `varlen` for rows without
+    branches and `flex` for others; `dense` writes the mask out, for checks."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the decoder layers (torch.compile): the first steps take minutes, later ones may be faster. `auto` does
+    not, as long as no device is known where it pays."""
+    kernels: Literal["auto", "liger", "none"] = "auto"
+    """`liger` computes norms and feed-forward layers on CUDA by liger-kernel; `auto` does where it is installed."""
     trees: bool = True
     """Share common prefixes between the examples of a step. False trains one example per row (same loss, slower)."""
     trust_remote_code: bool = False

@@ -10,7 +10,7 @@ function registered here. No mask tensor is ever built for a whole row by the `g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from graft.model.device import send
 from graft.tokens.tree import Segments, segments, targets, visible
 from graft.types import Row
 
@@ -61,14 +62,16 @@ class TreeRow:
     """How often the attention function was reached."""
     scores: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
     """What is added to scores, by shape: made in the first layer, used in all."""
+    prepared: dict[tuple[object, ...], Any] = field(default_factory=dict)
+    """What a backend made of the row for all layers (a block mask, sequence lengths), by a key of its own."""
 
     @classmethod
     def of(cls, row: Row, device: torch.device) -> TreeRow:
-        """Move a row's arrays to a device."""
+        """Move a row's arrays to a device; the host does not wait until they are there."""
         nodes = targets(row)
 
         def tensor(array: Any) -> Tensor:
-            return torch.as_tensor(array, device=device)
+            return send(array, device)
 
         return cls(
             row=row,
@@ -217,12 +220,18 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow, sh
     return attend(query, key, value, shape, False, added)
 
 
-BACKENDS = {SEGMENTS: segment_attention, DENSE: dense_attention}
+Compute = Callable[[Tensor, Tensor, Tensor, TreeRow, Shape], Tensor]
+BACKENDS: dict[str, Compute] = {}
 
 
-def _for_transformers(backend: str) -> Any:
-    compute = BACKENDS[backend]
+def register(name: str, compute: Compute) -> None:
+    """Make a backend known: to `BACKENDS`, and to the models of transformers under the same name."""
+    BACKENDS[name] = compute
+    AttentionInterface.register(name, _for_transformers(compute))
+    AttentionMaskInterface.register(name, _no_mask)
 
+
+def _for_transformers(compute: Compute) -> Any:
     def attention(
         module: nn.Module,
         query: Tensor,
@@ -272,6 +281,5 @@ def _no_mask(*_args: Any, local_size: int | None = None, **_others: Any) -> None
         windows.add(local_size)
 
 
-for _name in BACKENDS:
-    AttentionInterface.register(_name, _for_transformers(_name))
-    AttentionMaskInterface.register(_name, _no_mask)
+register(SEGMENTS, segment_attention)
+register(DENSE, dense_attention)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy.typing as npt
 import psutil
 import torch
+from torch import Tensor
 
 from graft.errors import ConfigError
 
@@ -71,6 +75,30 @@ def pick_precision(name: str, device: torch.device) -> Precision:
         raise ConfigError(f"precision {name!r} is not known; use auto, {', '.join(formats)}")
     compute = formats[name]
     return Precision(frozen=compute, trained=torch.float32, compute=compute)
+
+
+def prepare_device(device: torch.device) -> None:
+    """Set what a training process on this kind of device wants, before anything large is allocated there.
+
+    CUDA: memory in segments that grow, since rows of changing length would leave holes between blocks of fixed size
+    (a user's own PYTORCH_ALLOC_CONF stands); and no TF32, whose 10 bits of mantissa would round the positions that
+    rotary embeddings multiply in fp32. Matrix products that may be short are in 16 bits already.
+    CPU: see `keep_freed_memory`.
+    """
+    if device.type == "cpu":
+        keep_freed_memory()
+    if device.type == "cuda":
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name before torch 2.9
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        torch.set_float32_matmul_precision("highest")
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def send(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """The array as a tensor on a device. To CUDA it goes through pinned memory, so that the host need not wait."""
+    if device.type != "cuda":
+        return torch.as_tensor(array, device=device)
+    return torch.from_numpy(array).pin_memory().to(device, non_blocking=True)
 
 
 def keep_freed_memory() -> None:

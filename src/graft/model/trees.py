@@ -25,7 +25,7 @@ from graft.model.lora import fuse_lora
 from graft.model.mlp import fuse_mlps
 from graft.model.norm import fuse_norms
 from graft.model.rotary import fuse_rotary
-from graft.tokens.tree import SHORTEST_RUN, build_rows
+from graft.tokens.tree import SHORTEST_RUN, build_rows, padded
 from graft.types import Example, Row
 
 
@@ -49,20 +49,33 @@ def shape_logits(product: Tensor, shape: LogitShape) -> Tensor:
 class TreeLM:
     """A model together with the way in which it can be trained: on trees, or one example per row."""
 
-    def __init__(self, model: PreTrainedModel | PeftModel, backend: str = SEGMENTS, trees: bool = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        backend: str = SEGMENTS,
+        trees: bool = True,
+        row_step: int = 1,
+        fuse: bool = True,
+    ) -> None:
         """Prepare and probe a model; it keeps `backend` as its attention implementation where trees are exact.
 
+        Rows of trees are padded to multiples of `row_step` nodes, for backends and compilers that want few shapes.
+        Without `fuse` its modules keep their own forward, for a compiler to fuse.
         `why_not` says, in a sentence, why the model runs one example per row; None means that it runs on trees.
+        `backend_failed` says why `backend` was given up for segments; None means that it is in use.
         """
         self.model = model
-        fuse_lora(model)
-        fuse_norms(model)
-        fuse_mlps(model)
-        fuse_rotary(model)
+        if fuse:
+            fuse_lora(model)
+            fuse_norms(model)
+            fuse_mlps(model)
+            fuse_rotary(model)
         self.base = plain(model)
         self.decoder: nn.Module = self.base.base_model
         self.embedding: nn.Module = self.base.get_input_embeddings()
         self.last_layer = LastLayer(self.decoder)
+        self.row_step = row_step
+        self.backend_failed: str | None = None
         self.on_trees = False
         self.why_not: str | None = "trees are switched off" if not trees else None
         self.logit_shape: LogitShape | None = None
@@ -96,6 +109,12 @@ class TreeLM:
         """The rows in which this model computes these examples."""
         return build_rows(examples, row_tokens, share=self.on_trees, shortest_run=SHORTEST_RUN)
 
+    def place(self, row: Row) -> TreeRow:
+        """The row on the model's device, as it is computed there."""
+        if self.on_trees:
+            row = padded(row, -(-len(row) // self.row_step) * self.row_step)
+        return TreeRow.of(row, self.device)
+
     def _run(self, module: nn.Module, tree: TreeRow) -> Any:
         if not self.on_trees:
             return module(input_ids=tree.ids, use_cache=False)
@@ -112,17 +131,22 @@ class TreeLM:
         self.logit_shape = self._find_logit_shape(singles, reference)
         if self.why_not is not None:
             return
-        if isinstance(self.base, BloomForCausalLM):
-            bloom.install(self.base, backend)
-        else:
-            self.base.set_attn_implementation(backend)
         self.on_trees = True
         (row,) = build_rows(examples, 64)
-        tree = TreeRow.of(row, self.device)
-        self.why_not = self._compare(tree, row, examples, reference)
-        if self.why_not is not None:  # perhaps its last layer is read elsewhere than at the predictors
-            self.last_layer.active = False
-            self.why_not = self._compare(TreeRow.of(row, self.device), row, examples, reference)
+        for name in dict.fromkeys((backend, SEGMENTS)):
+            if isinstance(self.base, BloomForCausalLM):
+                bloom.install(self.base, name)
+            else:
+                self.base.set_attn_implementation(name)
+            for active in (True, False):  # perhaps its last layer is read elsewhere than at the predictors
+                self.last_layer.active = active
+                self.why_not = self._compare(self.place(row), row, examples, reference)
+                if self.why_not is None:
+                    break
+            if self.why_not is None:
+                break
+            if name == backend:
+                self.backend_failed = self.why_not
         if self.why_not is not None:
             self.on_trees = False
             if not isinstance(self.base, BloomForCausalLM):

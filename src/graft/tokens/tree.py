@@ -25,6 +25,9 @@ from graft.types import Example, IntArray, Row
 
 SHORTEST_RUN = 16
 """Sharing fewer tokens than this costs more, by an attention call of their own, than computing them again."""
+PADDING_RUN = 128
+"""Nodes of one path of padding: short, so that its attention costs little, and not one node, of which each would be a
+sequence of its own."""
 
 
 Path = npt.NDArray[np.int64]
@@ -178,6 +181,43 @@ def segments(row: Row) -> Segments:
         ancestors.append((*ancestors[above], above) if above >= 0 else ())
     sizes = np.diff(np.append(starts, len(row)))
     return Segments(tuple(sizes.tolist()), tuple(ancestors), tuple(row.depth[starts].tolist()))
+
+
+def padded(row: Row, size: int) -> Row:
+    """The row followed by as many nodes of no meaning as make it `size` long, for kernels that want few shapes.
+
+    They are paths of their own, of at most `PADDING_RUN` nodes, of token 0 and weight 0: no other node sees them and
+    nothing is learnt from them.
+
+    Raises:
+        ValueError: the row is longer than `size`.
+    """
+    missing = size - len(row)
+    if missing < 0:
+        raise ValueError(f"a row of {len(row)} nodes cannot be padded to {size}")
+    if missing == 0:
+        return row
+    index = np.arange(missing, dtype=np.int32)
+    depth = index % PADDING_RUN
+    parent = np.where(depth == 0, -1, index - 1 + len(row)).astype(np.int32)
+    end = np.minimum(index - depth + PADDING_RUN, missing) + len(row)
+    return Row(
+        ids=np.concatenate([row.ids, np.zeros(missing, np.int32)]),
+        depth=np.concatenate([row.depth, depth]),
+        parent=np.concatenate([row.parent, parent]),
+        end=np.concatenate([row.end, end.astype(np.int32)]),
+        weight=np.concatenate([row.weight, np.zeros(missing, np.float32)]),
+        conversations=row.conversations,
+    )
+
+
+def path_starts(row: Row) -> npt.NDArray[np.int64] | None:
+    """First node of each tree where every tree of the row is an unbranched path; None where one branches."""
+    index = np.arange(len(row))
+    root = row.parent < 0
+    if not bool(np.all(root | (row.parent == index - 1))):
+        return None
+    return np.flatnonzero(root)
 
 
 def visible(row: Row) -> npt.NDArray[np.bool_]:

@@ -21,7 +21,7 @@ from graft.config.train import Train, load_train
 from graft.console import Advance, note, progress, warn
 from graft.errors import Diverged, InputError, Interrupted
 from graft.model.adapters import trainable
-from graft.model.device import keep_freed_memory, memory_gib, pick_device, pick_precision
+from graft.model.device import memory_gib, pick_device, pick_precision, prepare_device
 from graft.model.load import load_weights
 from graft.model.save import save_model
 from graft.runs import RunFolder, append_jsonl, make_writable, new_run_folder, read_jsonl, write_atomic
@@ -140,8 +140,7 @@ class Fit:
         self.prepared = prepared
         self.total_steps = prepared.plan.total_steps
         device = pick_device(settings.device)
-        if device.type == "cpu":
-            keep_freed_memory()
+        prepare_device(device)
         self.precision = pick_precision(settings.precision, device)
         checkpoint = newest_checkpoint(run) if settings.resume else None
         self.lm, self.final_dtype = load_for_training(settings, self.precision, device, checkpoint)
@@ -230,14 +229,14 @@ class Fit:
         weight = total_weight(examples)
         lr = learning_rate(step, self.total_steps, self.settings)
         set_learning_rate(self.optimizer, lr)
-        nll = 0.0
+        nlls = []
         for number, row in enumerate(rows):
-            nll += self.stepper.accumulate(row, (step, number), weight)
+            nlls.append(self.stepper.accumulate(row, (step, number), weight))
             if stop.is_set():
                 self.stepper.discard()
                 return None
+        nll, norm = self.stepper.update(nlls, weight, step + 1)
         loss = nll / weight if weight else 0.0
-        norm = self.stepper.update(loss, step + 1)
         shared = sharing(examples, rows)
         self.window.nll += nll
         self.window.weight += weight

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graft.errors import Diverged
-from graft.model.attention import TreeRow
 from graft.model.device import Precision
 from graft.model.trees import TreeLM
 from graft.train.loss import row_loss
@@ -41,21 +40,25 @@ class Stepper:
         self.skipped_in_a_row = 0
         self.scaler = torch.amp.GradScaler(lm.device.type, enabled=precision.scaled)
 
-    def accumulate(self, row: Row, number: tuple[int, int], weight: float) -> float:
-        """Add the gradient of one row's share of the step's mean loss; returns the row's summed nll.
+    def accumulate(self, row: Row, number: tuple[int, int], weight: float) -> Tensor:
+        """Add the gradient of one row's share of the step's mean loss; returns the row's summed nll, on the device.
+
+        Nothing here waits for the device: the host goes on to the next row while this one is computed.
 
         `number` is (step, index of the row in it): dropout is seeded by it, so that a resumed run, or one on other
         hardware, draws what the unbroken one would have drawn.
         """
         torch.manual_seed(hash((self.seed, *number)) & 0x7FFF_FFFF_FFFF_FFFF)
         with self.precision.autocast(self.lm.device):
-            nll = row_loss(self.lm, TreeRow.of(row, self.lm.device)).nll
+            nll = row_loss(self.lm, self.lm.place(row)).nll
         if weight and nll.requires_grad:
             self.scaler.scale(nll / weight).backward()
-        return float(nll.detach())
+        return nll.detach()
 
-    def update(self, loss: float, step: int) -> float:
-        """Clip and apply the gradient; returns its norm before clipping. A non-finite one is skipped and counted.
+    def update(self, nlls: Sequence[Tensor], weight: float, step: int) -> tuple[float, float]:
+        """Clip and apply the gradient; returns the summed nll of the rows and the norm before clipping.
+
+        A non-finite one is skipped and counted. Here the host waits for the device, once.
 
         Raises:
             Diverged: several steps in a row were not finite.
@@ -63,7 +66,10 @@ class Stepper:
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        finite = math.isfinite(loss) and bool(torch.isfinite(norm))
+        *of_rows, found_norm = torch.stack([*nlls, norm.to(self.lm.device, torch.float32)]).tolist()
+        nll = sum(of_rows, 0.0)
+        loss = nll / weight if weight else 0.0
+        finite = math.isfinite(loss) and math.isfinite(found_norm)
         if finite and self.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip, norm)
         if finite:
@@ -77,11 +83,11 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         if self.skipped_in_a_row >= MOST_SKIPPED:
             raise Diverged(
-                f"step {step}: loss {loss} and gradient norm {float(norm)} are not finite for the "
+                f"step {step}: loss {loss} and gradient norm {found_norm} are not finite for the "
                 f"{self.skipped_in_a_row}th step in a row ({culprit or 'the loss itself'}); none of them was applied. "
                 "Lower lr, or use precision=bf16 or fp32"
             )
-        return float(norm)
+        return nll, found_norm
 
     def discard(self) -> None:
         """Forget what was accumulated, so that an interrupted step leaves no trace."""

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from graft.console import track
-from graft.model.attention import TreeRow
 from graft.model.device import Precision
 from graft.model.trees import TreeLM
 from graft.tokens.tree import total_weight
@@ -46,15 +46,14 @@ def validate(
     Raises:
         Stopped: `stop` was set meanwhile.
     """
-    nll = correct = 0.0
+    sums: list[Tensor] = []
     training = lm.model.training
     lm.model.eval()
     try:
         with torch.inference_mode(), precision.autocast(lm.device):
             for row in track(lm.rows(examples, row_tokens), "validating"):
-                summed = row_loss(lm, TreeRow.of(row, lm.device))
-                nll += float(summed.nll)
-                correct += float(summed.correct)
+                summed = row_loss(lm, lm.place(row))
+                sums.append(torch.stack([summed.nll, summed.correct]))  # read at the end: the device is not waited for
                 if stop is not None and stop.is_set():
                     raise Stopped
     finally:
@@ -62,4 +61,5 @@ def validate(
     weight = total_weight(examples)
     if weight == 0:
         return Validation(math.nan, math.nan, 0.0)
+    nll, correct = (sum(column) for column in zip(*torch.stack(sums).tolist(), strict=True))
     return Validation(nll / weight, correct / weight, weight)

@@ -1,0 +1,32 @@
+"""What is set and sent on a device; most of it shows on a GPU alone."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from graft.model.device import memory_gib, prepare_device, send
+
+
+def test_arrays_arrive_as_they_are():
+    array = np.arange(7, dtype=np.int32)
+    assert np.array_equal(send(array, torch.device("cpu")).numpy(), array)
+
+
+def test_the_cpu_is_left_without_settings_of_cuda(monkeypatch):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    prepare_device(torch.device("cpu"))
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_prepared_and_arrays_are_sent_there():
+    if not torch.cuda.is_available():
+        pytest.skip("NOT TESTED: no CUDA device")
+    device = torch.device("cuda")
+    prepare_device(device)
+    assert torch.get_float32_matmul_precision() == "highest"
+    array = np.arange(10**6, dtype=np.int32)
+    assert np.array_equal(send(array, device).cpu().numpy(), array)
+    assert memory_gib(device) * 2**30 >= array.nbytes
