@@ -1,34 +1,36 @@
 """Everything that needs a GPU, in one script: the checks, then the figures against TRL with liger-kernel.
 
-    python bench/gpu.py                                   # all parts, about 25 minutes on an H200
-    python bench/gpu.py --parts checks attention          # some of them; results of earlier calls stay in the file
-    python bench/gpu.py --minutes 9                       # begins no measurement that would not end in time; call again
-    python bench/gpu.py --tiny                            # the same way through it on a CPU, in a few minutes: no figures
+    python bench/gpu.py                           # all parts, about 25 minutes on an H200
+    python bench/gpu.py --parts checks attention  # some of them; results of earlier calls stay in the file
+    python bench/gpu.py --minutes 9               # begins no measurement that would not end in time; call again
+    python bench/gpu.py --tiny --out tiny.json    # the same way through it on a CPU, in a few minutes: no figures
 
 Parts, in order:
 
 - peak        the device's bf16 matrix-product and copy rates: every "share" below is one of these
 - checks      the tests marked `gpu`
 - attention   segments, flex and varlen, forward and backward, on rows of long, short and branching trees
+- loss        the output layer's loss with its gradient, ours and liger-kernel's, at two vocabularies
 - llama-7b    Llama-2-7B's shape, LoRA r 16 on all linear layers, bf16, at 2,048 and 8,192 tokens, against TRL
 - qwen-7b     Qwen2.5-7B's shape, likewise
 - real        Llama-2-7B's shape on lengths as instructions have them, alone and after a shared prompt, against TRL
-- options     Llama-2-7B's shape at 2,048 tokens: each attention, compiled layers, liger's kernels or none
+- options     Llama-2-7B's shape on such lengths: each attention, compiled layers, liger's kernels or none
 - qlora       Llama-2-7B's shape on an NF4 base, one row of 2,048 tokens, checkpointed, against TRL
 - full        Qwen2.5-1.5B's shape, every weight, fp32 masters, against TRL
 
-Results go to bench/results/gpu.json and, where $OUT is set, to $OUT/gpu.json, after every measurement; one that was made
-is not made again unless `--again`. `share` is model operations (see `model_flops` in gpu_side.py) over time over the
-matrix-product rate measured by `peak` in the same file.
+Results go to bench/results/gpu.json and, where $OUT is set, to $OUT/gpu.json, after every measurement; one that was
+made is not made again unless `--again`. On a machine that is bare each time, give the earlier file back with `--out`.
+`share` is model operations (see `model_flops` in gpu_side.py) over time over the matrix-product rate measured by `peak`
+in the same file.
 
 A machine without a network needs, installed beforehand: torch >= 2.9 with CUDA and triton, transformers >= 5, peft,
-numpy, pydantic, rich, pyyaml, jinja2; for `checks` pytest and hypothesis; for the peer trl, datasets, accelerate and
-liger-kernel; for `qlora` bitsandbytes. What is missing is said, and the rest is measured. The wheels that a machine
-with torch, transformers and peft may lack, about 10 MiB in all and bitsandbytes about 60 MiB more:
+accelerate, numpy, pydantic, rich, pyyaml, jinja2, psutil; for `checks` pytest and hypothesis; for the peer trl,
+datasets and liger-kernel; for `qlora` bitsandbytes. What is missing is said, and the rest is measured. The wheels that
+a machine with torch, transformers and peft may lack, about 10 MiB in all and bitsandbytes about 60 MiB more:
 
-    pip download --no-deps --only-binary=:all: --platform manylinux2014_x86_64 --python-version 3.12 -c constraints.txt \\
-        -d wheels trl datasets dill multiprocess xxhash liger-kernel pydantic pydantic-core annotated-types \\
-        typing-inspection sortedcontainers
+    pip download --no-deps --only-binary=:all: --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 \\
+        --platform manylinux_2_28_x86_64 --python-version 3.12 -d wheels trl==1.16.0 datasets==5.2.0 dill==0.4.1 \\
+        multiprocess==0.70.19 xxhash liger-kernel==0.8.5 pydantic==2.14.3 pydantic-core==2.50.4 annotated-types
     pip install --no-index --no-deps --target site wheels/*.whl && export PYTHONPATH=site
 """
 
@@ -48,7 +50,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SIDE = ROOT / "bench" / "gpu_side.py"
 RESULTS = ROOT / "bench" / "results" / "gpu.json"
-SECONDS = {"peak": 40, "attention": 60, "step": 100}
+SECONDS = {"peak": 40, "attention": 60, "loss": 40, "step": 100}
 """What a measurement is expected to take at most, so that none begins that would not end."""
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "liger-kernel", "bitsandbytes", "datasets")
 
@@ -82,6 +84,11 @@ def parts() -> dict[str, dict[str, Case]]:
                     "what": "attention", "backend": f"graft_{backend}", "data": data, "length": length, "batch": batch,
                     "heads": [32, 8, 128], "warmup": 3, "steps": 10,
                 }  # fmt: skip
+    losses: dict[str, Case] = {}
+    for vocabulary, width in ((32000, 4096), (152064, 3584)):
+        for by in ("graft", "liger"):
+            sizes = [8192, width, vocabulary]
+            losses[f"loss/{vocabulary}/{by}"] = {"what": "loss", "by": by, "sizes": sizes, "warmup": 3, "steps": 10}
     options: dict[str, Case] = {}
     for attention in ("segments", "flex", "varlen"):
         options[f"options/attention-{attention}"] = {"attention": attention, "kernels": "none"}
@@ -93,6 +100,7 @@ def parts() -> dict[str, dict[str, Case]]:
         "peak": {"peak": {"what": "peak"}},
         "checks": {},
         "attention": kernels,
+        "loss": losses,
         "llama-7b": against("llama-7b/2048", *seven, 2048, 8, 8192, "even")
         | against("llama-7b/8192", *seven, 8192, 2, 8192, "even"),
         "qwen-7b": against("qwen-7b/2048", "qwen2.5-7b", "lora", 2048, 8, 8192, "even")
@@ -113,6 +121,8 @@ def shrunk(case: Case) -> Case:
         small["row_tokens"] = 2 * small["length"]
     if "heads" in case:
         small["heads"] = [4, 2, 16]
+    if "sizes" in case:
+        small["sizes"] = [64, 64, 512]
     dropped = {"attention", "kernels"} if case["what"] == "step" else set()  # a CPU has none to choose from
     return {key: value for key, value in case.items() if key not in dropped} | small
 
@@ -124,7 +134,7 @@ def missing_for(name: str, case: Case) -> str | None:
         wanted += ["trl", "datasets"] + ([] if case.get("cpu") else ["liger_kernel"])
     if case.get("method") == "qlora":
         wanted.append("bitsandbytes")
-    if case.get("kernels") == "liger":
+    if case.get("kernels") == "liger" or case.get("by") == "liger":
         wanted.append("liger_kernel")
     if name.endswith("/varlen") and case.get("cpu"):
         return "CUDA"

@@ -1,4 +1,4 @@
-"""One measurement on a GPU in a process of its own: a training step of graft or of its peer, or one attention kernel.
+"""One measurement on a GPU in a process of its own: a training step of graft or of its peer, or one kernel.
 
     python bench/gpu_side.py '{"what": "step", "side": "graft", "model": "llama2-7b", ...}'
 
@@ -28,9 +28,11 @@ from graft.config.train import Train, load_train
 from graft.model.adapters import add_lora, trainable
 from graft.model.attention import BACKENDS, Shape, TreeRow
 from graft.model.attention_pick import row_step
-from graft.model.device import pick_precision, prepare_device
+from graft.model.device import pick_device, pick_precision, prepare_device
+from graft.model.trees import LogitShape
 from graft.tokens.tree import build_rows, padded, segments, sharing, total_weight
 from graft.train.load import pick_computing, tree_model
+from graft.train.loss import linear_nll
 from graft.train.optim import make_optimizer
 from graft.train.step import Stepper
 from graft.types import Example
@@ -49,7 +51,7 @@ SHAPES = {
         num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True,
     ),
     "tiny": LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=4096,
     ),
 }  # fmt: skip
@@ -285,6 +287,41 @@ def attention_kernel(case: dict[str, Any], device: torch.device) -> dict[str, An
     }  # fmt: skip
 
 
+def loss_kernel(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Loss and gradient of the states through a frozen output layer, ours or liger-kernel's, in milliseconds."""
+    torch.manual_seed(0)
+    states, width, vocabulary = case["sizes"]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    head = nn.Linear(width, vocabulary, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    hidden = torch.randn(states, width, device=device, dtype=dtype, requires_grad=True)
+    labels = torch.randint(vocabulary, (states,), device=device)
+    weights = torch.ones(states, device=device)
+
+    def ours() -> torch.Tensor:
+        return linear_nll(hidden, head, LogitShape(), labels, weights).nll
+
+    def ligers() -> torch.Tensor:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        found: torch.Tensor = LigerFusedLinearCrossEntropyLoss(reduction="sum")(head.weight, hidden, labels)
+        return found
+
+    compute, times = (ours if case["by"] == "graft" else ligers), []
+    prepare_device(device)  # the peak below is the loss's own, with its inputs
+    for _ in range(case["warmup"] + case["steps"]):
+        hidden.grad = None
+        wait(device)
+        started = time.perf_counter()
+        loss = compute()
+        loss.backward()
+        wait(device)
+        times.append((time.perf_counter() - started) * 1e3)
+    timed = times[case["warmup"] :]
+    memory = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {}
+    said = {"ms": statistics.median(timed), "min": min(timed), "max": max(timed), "loss": float(loss.detach())}
+    return said | memory
+
+
 def peak_rates(device: torch.device) -> dict[str, Any]:
     """The bf16 matrix product's rate on random data, and the memory's: what shares are shares of."""
     size = 8192 if device.type == "cuda" else 256
@@ -311,13 +348,15 @@ def peak_rates(device: torch.device) -> dict[str, Any]:
 
 def main() -> None:
     case = json.loads(sys.argv[1])
-    device = torch.device("cuda" if torch.cuda.is_available() and not case.get("cpu") else "cpu")
+    device = pick_device("cpu" if case.get("cpu") else "auto")
     prepare_device(device)
     torch.manual_seed(0)
     if case["what"] == "peak":
         found = peak_rates(device)
     elif case["what"] == "attention":
         found = attention_kernel(case, device)
+    elif case["what"] == "loss":
+        found = loss_kernel(case, device)
     else:
         found = (graft_step if case["side"] == "graft" else peer_step)(case, device)
     print(json.dumps(found))

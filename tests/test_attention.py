@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny import ON_TREES, branching_examples, make_example, make_model
 
 from graft.errors import ConfigError
-from graft.model import attention_varlen
+from graft.model import attention_flex, attention_varlen
 from graft.model.attention import DENSE, SEGMENTS, Shape, TreeRow, dense_attention, register, segment_attention
 from graft.model.attention_flex import (
     BLOCK,
@@ -125,6 +125,25 @@ def test_models_compute_the_same_logits_by_flex(family):
     with torch.no_grad():
         wanted, found = (lm.logits(lm.place(row)) for lm in (dense, flex))
     assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_the_kernel_is_compiled_once_for_all_rows_of_a_length(monkeypatch):
+    made = []
+
+    def compiler(graph, _inputs):
+        made.append(graph)
+        return graph.forward
+
+    kernel = torch.compile(attention_flex.flex_attention, dynamic=False, backend=compiler)
+    monkeypatch.setattr(attention_flex, "_kernel", lambda _kind: kernel)
+    for shape, wanted in ((Shape(), 1), (Shape(window=5), 2)):
+        for seed in range(3):
+            row = padded(random_row(seed, examples=6), 2 * BLOCK)
+            q, k, v = (torch.randn(1, 4, len(row), 16) for _ in range(3))
+            tree = TreeRow.of(row, CPU)
+            found = flex_tree_attention(q, k, v, tree, shape)
+            assert_same([found], [dense_attention(q, k, v, tree, shape)], 2e-6)
+            assert len(made) == wanted
 
 
 def test_flex_says_what_it_cannot_compute():

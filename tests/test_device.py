@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from graft.model.device import memory_gib, prepare_device, send
+from graft.model.device import memory_gib, pick_device, prepare_device, send
 
 
 def test_arrays_arrive_as_they_are():
@@ -14,10 +14,14 @@ def test_arrays_arrive_as_they_are():
     assert np.array_equal(send(array, torch.device("cpu")).numpy(), array)
 
 
-def test_the_cpu_is_left_without_settings_of_cuda(monkeypatch):
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
-    prepare_device(torch.device("cpu"))
-    assert "PYTORCH_ALLOC_CONF" not in os.environ
+def test_cudas_memory_grows_in_segments_unless_the_user_chose(monkeypatch):
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    for own, wanted in (("", "expandable_segments:True"), ("max_split_size_mb:64", "max_split_size_mb:64")):
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", own)
+        if not own:
+            monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+        pick_device("cpu")
+        assert os.environ["PYTORCH_ALLOC_CONF"] == wanted
 
 
 @pytest.mark.gpu

@@ -48,6 +48,9 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ConfigError: the device is unknown or not there.
     """
+    # Read by torch at CUDA's first allocation: rows of changing length leave holes between blocks of fixed size.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its name before torch 2.9
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator if accelerator is not None else torch.device("cpu")
@@ -80,17 +83,14 @@ def pick_precision(name: str, device: torch.device) -> Precision:
 def prepare_device(device: torch.device) -> None:
     """Set what a training process on this kind of device wants, before anything large is allocated there.
 
-    CUDA: memory in segments that grow, since rows of changing length would leave holes between blocks of fixed size
-    (a user's own PYTORCH_ALLOC_CONF stands); and no TF32, whose 10 bits of mantissa would round the positions that
-    rotary embeddings multiply in fp32. Matrix products that may be short are in 16 bits already.
-    CPU: see `keep_freed_memory`.
+    CUDA: no TF32, whose 10 bits of mantissa would round the positions that rotary embeddings multiply in fp32; matrix
+    products that may be short are in 16 bits already. CPU: see `keep_freed_memory`.
     """
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda":
-        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name before torch 2.9
-            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.set_float32_matmul_precision("highest")
+        torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(device)
 
 
