@@ -22,9 +22,9 @@ from graft.train.loss import row_loss
 CPU = torch.device("cpu")
 
 
-def one_layer(family: str = "llama"):
-    config = ON_TREES[family].__class__(**(ON_TREES[family].to_dict() | {"num_hidden_layers": 1}))
-    return make_model(config)
+def two_layers(family: str = "llama"):
+    """The last layer is never compiled, so that one is."""
+    return make_model(ON_TREES[family])
 
 
 def with_lora(model):
@@ -47,7 +47,7 @@ def loss_and_gradients(lm: TreeLM, examples):
 
 
 def assert_compiled_equals(model, backend: str, bound: float) -> None:
-    lm = TreeLM(model, row_step=128)
+    lm = TreeLM(model, row_step=128, fuse=False)
     wanted = loss_and_gradients(lm, branching_examples())
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert compile_layers(lm.base, backend) == 1
@@ -74,7 +74,7 @@ def fresh_compiler(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("checkpointed", "backend"), [(False, "aot_eager"), (True, "eager")])
 def test_layers_of_lora_as_the_compiler_reads_them(checkpointed, backend):
     """The graphs that the compiler is given, run as they are: what it captures is right, whatever it makes of it."""
-    model = with_lora(one_layer())
+    model = with_lora(two_layers())
     if checkpointed:
         model.get_base_model().enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -86,7 +86,7 @@ def test_layers_of_lora_as_the_compiler_reads_them(checkpointed, backend):
 def test_a_layer_that_is_compiled_by_inductor():
     if shutil.which("g++") is None:
         pytest.skip("NOT TESTED: no C++ compiler")
-    assert_compiled_equals(one_layer(), "inductor", 5e-5)
+    assert_compiled_equals(two_layers(), "inductor", 5e-5)
 
 
 def test_a_run_with_compiled_layers_learns_the_same(tmp_path, monkeypatch, capsys):
@@ -97,7 +97,7 @@ def test_a_run_with_compiled_layers_learns_the_same(tmp_path, monkeypatch, capsy
         return compiled[-1]
 
     monkeypatch.setattr("graft.train.load.compile_layers", by_eager)
-    base = make_model_folder(tmp_path / "base", num_hidden_layers=1)
+    base = make_model_folder(tmp_path / "base")
     data = write_rows(tmp_path / "data.jsonl", make_conversations())
     losses = []
     for setting in ("auto", "true"):
@@ -111,7 +111,7 @@ def test_a_run_with_compiled_layers_learns_the_same(tmp_path, monkeypatch, capsy
 
 
 def test_bloom_is_left_as_it_is():
-    lm = TreeLM(one_layer("bloom"))
+    lm = TreeLM(two_layers("bloom"), fuse=False)
     assert compile_layers(lm.base, "eager") == 0
 
 
@@ -178,10 +178,16 @@ def test_liger_replaces_what_gives_the_same_numbers(monkeypatch, family, norms, 
     model = make_model(ON_TREES[family])
     assert use_liger(model) == {"norms": norms, "feed-forward layers": gated}
     assert type(model).forward is type(make_model(ON_TREES[family])).forward
-    found = loss_and_gradients(TreeLM(model), branching_examples())
+    found = loss_and_gradients(TreeLM(model, fuse=False), branching_examples())
     assert found[0] == pytest.approx(wanted[0], abs=1e-5)
     for name, gradient in wanted[1].items():
         assert float((found[1][name] - gradient).norm() / gradient.norm().clamp_min(1e-7)) < 1e-4, name
+
+
+def test_liger_leaves_our_own_fused_operations(monkeypatch):
+    fake_liger(monkeypatch)
+    lm = TreeLM(make_model(ON_TREES["llama"]))
+    assert use_liger(lm.model) == {"norms": 0, "feed-forward layers": 0}
 
 
 def test_liger_is_not_used_where_its_numbers_differ(monkeypatch):
@@ -205,4 +211,4 @@ def test_liger_on_a_gpu(dtype, family, norms, gated):
 def test_compiled_layers_on_a_gpu():
     if not torch.cuda.is_available():
         pytest.skip("NOT TESTED: no CUDA device")
-    assert_compiled_equals(with_lora(one_layer()).to("cuda"), "inductor", 5e-5)
+    assert_compiled_equals(with_lora(two_layers()).to("cuda"), "inductor", 5e-5)

@@ -75,8 +75,8 @@ def keep_compiled() -> None:
 def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
     """Compile the decoder layers of a model of transformers; returns how many.
 
-    Norms that were fused for the CPU get their own forward back, which the compiler fuses with their neighbours. A
-    layer in which another module's forward was replaced is left as it is: every one would be compiled by itself.
+    A layer in which a module's forward was replaced (the last one, of which only predictors are computed) is left as it
+    is: every one would be compiled by itself.
     """
     keep_compiled()
     torch._dynamo.config.recompile_limit = max(MOST_VERSIONS, torch._dynamo.config.recompile_limit)
@@ -86,7 +86,6 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
     for layer in model.modules():
         if not isinstance(layer, GradientCheckpointingLayer):
             continue
-        _restore_norms(layer)
         if any("forward" in module.__dict__ for module in layer.modules()):
             continue
         kind = type(layer)
@@ -109,12 +108,6 @@ def _forward(compute: Callable[..., Any], wrapped: bool) -> Callable[..., Any]:
         return compute(self, *args, **kwargs)
 
     return forward
-
-
-def _restore_norms(layer: nn.Module) -> None:
-    for module in layer.modules():
-        if type(module).__name__.endswith("RMSNorm") and "forward" in module.__dict__:
-            del module.forward
 
 
 def _keep_attention_outside() -> None:

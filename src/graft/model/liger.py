@@ -38,7 +38,10 @@ def wants_liger(setting: Setting, device: torch.device, compiled: bool) -> bool:
 
 
 def use_liger(model: nn.Module) -> dict[str, int]:
-    """Replace the forward of what liger-kernel has a kernel for; returns how many norms and feed-forward layers."""
+    """Replace the forward of what liger-kernel has a kernel for; returns how many norms and feed-forward layers.
+
+    A module whose forward was replaced before, by a fused operation of ours, keeps that.
+    """
     done = {"norms": 0, "feed-forward layers": 0}
     for module in model.modules():
         if "forward" in module.__dict__:

@@ -77,9 +77,9 @@ def pick_computing(settings: Train, device: torch.device) -> Computing:
 
 def tree_model(model: PreTrainedModel | PeftModel, settings: Train, computing: Computing) -> TreeLM:
     """The model, on its device already, ready to be trained on trees; says in one line what computes it."""
-    kernels = use_liger(model) if computing.liger else {}
     step = row_step(settings.row_budget) if computing.attention.padded or computing.compiled else 1
-    lm = TreeLM(model, computing.attention.backend, settings.trees, step)
+    lm = TreeLM(model, computing.attention.backend, settings.trees, step, fuse=not computing.compiled)
+    kernels = use_liger(model) if computing.liger else {}
     layers = compile_layers(lm.base) if computing.compiled and lm.on_trees else 0
     said = [f"attention: {computing.attention.why}"] if lm.on_trees else []
     said += [f"{count} {name} by liger-kernel" for name, count in kernels.items() if count]
