@@ -6,7 +6,7 @@ from torch import nn
 
 from graft.model.trees import LogitShape, shape_logits
 from graft.train import loss as loss_module
-from graft.train.loss import linear_nll, logits_nll
+from graft.train.loss import PLAIN, Objective, linear_nll, logits_nll
 
 
 def problem(predictors: int = 23, vocabulary: int = 50, bias: bool = False):
@@ -69,3 +69,42 @@ def test_without_gradients_none_are_made():
     with torch.no_grad():
         found = linear_nll(hidden, head, LogitShape(), labels, weights)
     assert not found.nll.requires_grad
+
+
+OBJECTIVES = {"plain": PLAIN, "smooth": Objective(smoothing=0.2), "dft": Objective(dft=True)}
+
+
+def by_autograd(logits, labels, weights, objective):
+    """The formulas as they are written down, over full logits."""
+    log_p = logits.log_softmax(-1)
+    of_label = log_p.gather(1, labels[:, None])[:, 0]
+    if objective.dft:
+        return (weights * of_label.exp().detach() * -of_label).sum()
+    return (weights * -((1 - objective.smoothing) * of_label + objective.smoothing * log_p.mean(-1))).sum()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("shape", [LogitShape(), LogitShape(3.0, 1.5)])
+@pytest.mark.parametrize("way", ["chunks", "any head", "whole logits"])
+def test_objectives_and_their_gradients_are_their_formulas(monkeypatch, name, shape, way):
+    objective = OBJECTIVES[name]
+    head, hidden, labels, weights = problem(bias=True)
+    wanted = by_autograd(shape_logits(head(hidden), shape), labels, weights, objective)
+    (wanted * 1.7).backward()
+    gradients = [hidden.grad.clone(), *(p.grad.clone() for p in head.parameters())]
+    hidden.grad = None
+    head.zero_grad()
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 7 * 50)
+    if way == "whole logits":
+        found = logits_nll(shape_logits(head(hidden), shape), labels, weights, objective)
+    else:
+        used = head if way == "chunks" else nn.Sequential(head)
+        found = linear_nll(hidden, used, shape, labels, weights, objective)
+    (found.loss * 1.7).backward()
+    assert found.loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    for ours, theirs in zip([hidden.grad, *(p.grad for p in head.parameters())], gradients, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    plain = by_autograd(shape_logits(head(hidden), shape), labels, weights, PLAIN)
+    assert found.nll.item() == pytest.approx(plain.item(), rel=1e-6)
+    assert found.nll.requires_grad == objective.plain
+    assert objective.plain or abs(wanted.item() - plain.item()) > 0.1, "the formulas must differ"

@@ -26,7 +26,7 @@ from graft.train import loop
 from graft.train import validate as validate_module
 from graft.train.loop import train
 from graft.train.schedule import learning_rate
-from graft.train.step import Stepper
+from graft.train.step import RowSums, Stepper
 
 
 @pytest.fixture(scope="module")
@@ -453,8 +453,8 @@ def test_a_few_bad_steps_are_skipped_and_many_stop_the_run(base, tmp_path, monke
     def spoil(until):
         def spoilt(stepper, *args):
             count.append(1)
-            nll = accumulate(stepper, *args)
-            return nll * math.nan if len(count) <= until else nll
+            sums = accumulate(stepper, *args)
+            return RowSums(sums.loss * math.nan, sums.nll) if len(count) <= until else sums
 
         return spoilt
 

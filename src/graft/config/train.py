@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from graft.config.base import Settings, load
 from graft.config.data import Sources, Split
@@ -30,6 +31,57 @@ class Lora(Settings):
     """Weight-decomposed LoRA."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained and saved in full beside the adapter."""
+    exclude_modules: str | tuple[str, ...] = ()
+    """Modules left out of the targets: names, or a regular expression."""
+    init_lora_weights: bool | str = True
+    """How the update begins: true (at zero), `gaussian`, `orthogonal`, `pissa`, `pissa_niter_N`, `olora`, `eva` or
+    `corda`."""
+    init_examples: int = Field(default=64, ge=1)
+    """Examples of the run from which `eva` and `corda` learn how to begin (PEFT is handed them)."""
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    """Another rank for modules by name or regular expression."""
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    """Another alpha for modules by name or regular expression."""
+    layers_to_transform: int | tuple[int, ...] | None = None
+    """Only these decoder layers, counted from 0."""
+    lora_bias: bool = False
+    """A trained bias on the update's second matrix."""
+    trainable_token_indices: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None
+    """Token ids whose embeddings are trained too, each row on its own; a tied head follows."""
+    target_parameters: tuple[str, ...] = ()
+    """Parameters by name, for weights that are no linear layer: `mlp.experts.gate_up_proj` of a mixture of experts."""
+    loraplus_ratio: float | None = Field(default=None, gt=0)
+    """LoRA+: the second matrix learns so many times faster than the first (arXiv:2402.12354; 16 there)."""
+
+    @field_validator("init_lora_weights")
+    @classmethod
+    def _known_start(cls, value: bool | str) -> bool | str:
+        if isinstance(value, str) and not re.fullmatch(INIT_NAMES, value):
+            reason = NO_INIT.get(value, "not known; use true, " + INIT_NAMES.replace("|", ", ").replace(r"\d+", "N"))
+            raise ValueError(reason)
+        return value
+
+
+INIT_NAMES = r"gaussian|orthogonal|pissa|pissa_niter_\d+|olora|eva|corda"
+NO_INIT = {
+    "loftq": "LoftQ replaces the base's weights by rounded ones that no adapter folder can hold; use pissa",
+    "lora_ga": "LoRA-GA needs a backward pass over data before the adapter exists, which graft does not make; use eva",
+}
+
+
+class Freeze(Settings):
+    """Which weights of the model `method: freeze` trains; all others stay as they are."""
+
+    layers: int = Field(default=2, ge=0)
+    """So many of the last decoder layers."""
+    patterns: tuple[str, ...] = ()
+    """And every parameter in whose name one of these regular expressions is found."""
+
+
+Optimizer = Literal[
+    "adamw", "adamw_8bit", "adafactor", "muon", "lion", "schedule_free_adamw", "galore", "apollo", "sgd"
+]
+Schedule = Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "polynomial"]
 
 
 def _as_text(value: Any) -> Any:
@@ -71,8 +123,14 @@ class Train(Settings):
     max_rejected: float = Field(default=0.01, ge=0, le=1)
     """The run refuses to start when a larger share of the rows is rejected."""
 
-    method: Literal["lora", "full"] = "lora"
+    method: Literal["lora", "full", "freeze", "peft"] = "lora"
+    """LoRA, every weight, some of the weights, or another of PEFT's kinds."""
     lora: Lora = Lora()
+    peft: dict[str, Any] = Field(default_factory=dict)
+    """For `method: peft`: `type` (VERA, IA3, OFT, LOHA, ...) and that kind's own options by PEFT's names."""
+    freeze: Freeze = Freeze()
+    new_tokens: tuple[str, ...] = ()
+    """Words that become one token each; their embeddings begin as the mean of the pieces they were and are trained."""
     init_from: str | None = None
     """Start from the weights of this adapter or model folder (weights only: optimizer and position start afresh)."""
     device: str = "auto"
@@ -104,19 +162,40 @@ class Train(Settings):
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate; None is 2e-4 for LoRA and 2e-5 for full fine-tuning."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Peak learning rate; None is 2e-4 for adapters and 2e-5 where the model's own weights are trained."""
+    lr_patterns: dict[str, float] = Field(default_factory=dict)
+    """Another peak learning rate for parameters by name: {regular expression: rate}; the first one found counts."""
+    schedule: Schedule = "cosine"
+    """How the rate falls after the warm-up; `wsd` stays at the peak until the last `decay` of the steps."""
+    decay: float = Field(default=0.2, gt=0, le=1)
+    """Share of the steps over which `wsd` falls."""
+    power: float = Field(default=2.0, gt=0)
+    """Exponent of `polynomial`; 1 is linear."""
     warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of the steps over which the learning rate rises from 0."""
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """The schedule ends at this share of `lr`."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled; on weight matrices only, never on biases, norms or embeddings."""
+    optimizer: Optimizer = "adamw"
+    """`docs/training.md` says what each one is for; some need `pip install 'graft-llm[tuning]'`."""
+    optimizer_options: dict[str, Any] = Field(default_factory=dict)
+    """Further options of the optimizer, by its own names."""
+    optimizer_in_backward: bool = False
+    """Apply each weight's gradient and free it as soon as it is whole, so that all of them never exist at once."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
     eps: float = Field(default=1e-8, gt=0)
     clip: float | None = Field(default=1.0, gt=0)
     """Largest global gradient norm; null switches clipping off."""
+    loss: Literal["nll", "dft"] = "nll"
+    """`dft` weighs each target by its own probability (Dynamic Fine-Tuning, arXiv:2508.05629)."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each target that is spread evenly over the vocabulary."""
+    neftune_alpha: float | None = Field(default=None, gt=0)
+    """Uniform noise on the embeddings while training, at most alpha / sqrt(tokens * width) (arXiv:2310.05914)."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay per step of a moving average of what is trained; validation, checkpoints and `final/` take the average."""
 
     eval_every: int | None = Field(default=None, ge=1)
     """Validate every so many steps (always at step 0 and at the end too); None is ten times per run."""
@@ -137,7 +216,12 @@ class Train(Settings):
         """The learning rate after the default for the method is filled in."""
         if self.lr is not None:
             return self.lr
-        return 2e-4 if self.method == "lora" else 2e-5
+        return 2e-5 if self.trains_own_weights else 2e-4
+
+    @property
+    def trains_own_weights(self) -> bool:
+        """Whether the model's own weights are trained, not an adapter beside them."""
+        return self.method in ("full", "freeze")
 
     @property
     def row_budget(self) -> int:
@@ -154,6 +238,81 @@ class Train(Settings):
                 "an example is never cut, so raise row_tokens or lower encode.max_length"
             )
         return self
+
+    @model_validator(mode="after")
+    def _settings_go_together(self) -> Self:
+        wrong = next((text for text in _contradictions(self) if text), None)
+        if wrong:
+            raise ValueError(wrong)
+        return self
+
+
+def _contradictions(s: Train) -> Iterator[str | bool]:
+    """Sentences about settings that exclude each other; anything false where they do not."""
+    yield s.method == "peft" and "type" not in s.peft and "method=peft needs the kind: peft: {type: VERA}, for example"
+    yield s.method != "peft" and bool(s.peft) and f"peft is given but method is {s.method}; set method=peft"
+    yield (
+        s.method == "freeze"
+        and not (s.freeze.layers or s.freeze.patterns)
+        and "method=freeze trains nothing with freeze.layers 0 and no freeze.patterns; give one of them"
+    )
+    yield (
+        s.label_smoothing > 0
+        and s.loss == "dft"
+        and f"label_smoothing {s.label_smoothing} cannot be joined with loss=dft, which weighs the plain nll; set one"
+    )
+    yield (
+        s.optimizer == "schedule_free_adamw"
+        and s.schedule != "constant"
+        and f"optimizer=schedule_free_adamw replaces the schedule, but schedule is {s.schedule}; set schedule=constant"
+    )
+    yield (
+        s.optimizer == "schedule_free_adamw"
+        and s.ema is not None
+        and f"optimizer=schedule_free_adamw averages the weights itself, so ema {s.ema} has no place; set ema=null"
+    )
+    yield (
+        s.optimizer in ("galore", "apollo")
+        and not s.trains_own_weights
+        and f"optimizer={s.optimizer} makes the state of whole weights small; with method={s.method} it is small "
+        "already: set optimizer=adamw or method=full"
+    )
+    yield (
+        s.schedule == "wsd"
+        and s.warmup + s.decay > 1
+        and f"schedule=wsd: warmup {s.warmup} and decay {s.decay} together are more than the whole run; lower one"
+    )
+    if s.optimizer_in_backward:
+        yield from _contradictions_in_backward(s)
+    for setting, its, default in (("beta1", s.beta1, 0.9), ("beta2", s.beta2, 0.999), ("eps", s.eps, 1e-8)):
+        yield (
+            s.optimizer in ("adafactor", "lion", "sgd")
+            and its != default
+            and f"optimizer={s.optimizer} has no {setting} ({its} given); its own options go into optimizer_options"
+        )
+
+
+def _contradictions_in_backward(s: Train) -> Iterator[str | bool]:
+    allowed = ("adamw", "adamw_8bit", "adafactor", "lion", "sgd")
+    yield (
+        not s.trains_own_weights
+        and f"optimizer_in_backward saves the gradients of whole weights; with method={s.method} there are few: "
+        "set it to false"
+    )
+    yield (
+        s.clip is not None
+        and f"optimizer_in_backward cannot clip: the norm of all gradients (clip {s.clip}) is known only after the "
+        "backward pass, when they are applied already; set clip=null"
+    )
+    yield (
+        s.optimizer not in allowed
+        and f"optimizer_in_backward takes {', '.join(allowed)}, which treat each weight alone; not {s.optimizer}"
+    )
+    yield (
+        s.precision == "fp16"
+        and "optimizer_in_backward cannot be joined with precision=fp16: its scaler must see every gradient before "
+        "one is applied; use bf16 or fp32"
+    )
 
 
 class Sampling(Settings):

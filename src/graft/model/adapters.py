@@ -1,44 +1,92 @@
-"""What is trained: an adapter by PEFT, or every weight. Knows models, not data."""
+"""What is trained: an adapter by PEFT, some of the model's own weights, or all of them. Knows models, not data."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graft.config.train import Lora
-from graft.errors import ConfigError
+from graft.config.train import Freeze, Lora
+from graft.errors import ConfigError, first_line
+from graft.model.adapter_start import covariances, learn_start
+from graft.model.peft_kinds import kind_of, lora_config
 
 
 def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
-    """Add LoRA to the wanted modules; only the adapter is trainable, and in fp32.
+    """Add LoRA to the wanted modules; see `add_adapter`."""
+    return add_adapter(model, lora_config(lora), seed)
+
+
+def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int, samples: Sequence[Tensor] = ()) -> PeftModel:
+    """Add an adapter of any of PEFT's kinds; only it is trainable, and in fp32.
+
+    `samples` are token ids [L] from the data, for the ways of beginning that learn from data.
 
     Raises:
-        ConfigError: no module has one of the wanted names; says which linear layers there are.
+        ConfigError: no module has one of the wanted names, or the kind does not fit this model; says which linear
+            layers there are.
     """
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT annotates int, computes with any number
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        modules_to_save=list(lora.modules_to_save) or None,
-    )
     torch.manual_seed(seed)
     try:
+        if isinstance(config, LoraConfig) and config.init_lora_weights == "corda":
+            covariances(model, config, samples)
         tuned = get_peft_model(model, config)
-    except (ValueError, re.error) as error:
+        if isinstance(config, LoraConfig) and config.init_lora_weights == "eva":
+            learn_start(tuned, samples)
+    except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError, ImportError, re.error) as error:
         names = ", ".join(linear_names(model))
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"lora.target_modules = {targets!r}: {reason} This model's linear layers: {names}") from None
-    assert isinstance(tuned, PeftModel)
+        targets = getattr(config, "target_modules", None)
+        shown = sorted(targets) if isinstance(targets, set) else targets
+        raise ConfigError(
+            f"{kind_of(config)}: target_modules = {shown!r}: {first_line(error)} This model's linear layers: {names}"
+        ) from None
+    if not isinstance(tuned, PeftModel):  # PEFT's mixed models, which no setting asks for
+        raise ConfigError(f"{kind_of(config)}: PEFT makes a {type(tuned).__name__} of it, which cannot be saved alone")
     return tuned
+
+
+def freeze_but(model: PreTrainedModel, freeze: Freeze) -> None:
+    """Leave only the last decoder layers, and what the patterns name, trainable.
+
+    Raises:
+        ConfigError: there are fewer layers, or a pattern is in no parameter's name.
+    """
+    model.requires_grad_(False)
+    prefix, layers = decoder_layers(model)
+    if freeze.layers > len(layers):
+        raise ConfigError(f"freeze.layers = {freeze.layers}, but the model has {len(layers)} decoder layers")
+    for layer in layers[len(layers) - freeze.layers :]:
+        layer.requires_grad_(True)
+    for pattern in freeze.patterns:
+        try:
+            found = [p for name, p in model.named_parameters() if re.search(pattern, name)]
+        except re.error as error:
+            raise ConfigError(f"freeze.patterns: {pattern!r} is no regular expression ({first_line(error)})") from None
+        if not found:
+            names = [name for name, _ in model.named_parameters() if not name.startswith(prefix)]
+            raise ConfigError(
+                f"freeze.patterns: {pattern!r} is in no parameter's name; there are {prefix}0..{len(layers) - 1}.* "
+                f"and {', '.join(names)}"
+            )
+        for parameter in found:
+            parameter.requires_grad_(True)
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[str, Sequence[nn.Module]]:
+    """The prefix of their names, and the decoder layers in order.
+
+    Raises:
+        ConfigError: the model has no list of layers.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return f"{name}.", list(module)
+    raise ConfigError(f"{type(model).__name__}: has no list of {count} decoder layers; use freeze.patterns")
 
 
 def plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

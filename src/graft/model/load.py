@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, PeftModelForCausalLM, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PeftModelForCausalLM,
+    TrainableTokensConfig,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -16,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from graft.errors import InputError, first_line
 from graft.model.device import pick_device, pick_precision
+from graft.model.vocabulary import grow
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +124,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = not trainable
+        grow(model, 1 + max(_trained_tokens(config), default=-1))
         tuned = PeftModelForCausalLM(model, config)
         report = tuned.load_adapter(str(folder), "default", is_trainable=trainable)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -127,6 +137,15 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
             f"{model.name_or_path}, for example {report.unexpected_keys[0]}; is this its base?"
         )
     return tuned
+
+
+def _trained_tokens(config: PeftConfig) -> Iterator[int]:
+    """Ids whose own rows an adapter brings; they may lie beyond the base's vocabulary."""
+    named = config.trainable_token_indices if isinstance(config, LoraConfig) else None
+    if isinstance(config, TrainableTokensConfig):
+        named = config.token_indices
+    for ids in named.values() if isinstance(named, dict) else [named or []]:
+        yield from ids
 
 
 def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:

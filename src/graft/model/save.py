@@ -3,35 +3,54 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from graft.model.adapter_start import adapter_tensors, as_difference
 from graft.model.adapters import plain
 from graft.tokens.renderer import Renderer
 
 
 def save_model(
-    model: PreTrainedModel | PeftModel, renderer: Renderer, folder: Path, dtype: torch.dtype | None = None
+    model: PreTrainedModel | PeftModel,
+    renderer: Renderer,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    start: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write an adapter folder or a model folder; `dtype` is the format of a full model's weights, None as they are."""
+    """Write an adapter folder or a model folder; `dtype` is the format of a full model's weights, None as they are.
+
+    `start` is what an adapter began as where that was subtracted from the base: the difference is saved, for the base
+    as others have it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
-        _save_adapter(model, folder)
+        _save_adapter(model, folder, start)
     else:
         _save_full(model, folder, dtype)
     renderer.save(folder)
     _stop_set(plain(model), renderer).save_pretrained(folder)
 
 
-def _save_adapter(model: PeftModel, folder: Path) -> None:
+def _save_adapter(model: PeftModel, folder: Path, start: Mapping[str, Tensor] | None) -> None:
     config = model.peft_config["default"]
     named = config.base_model_name_or_path
     if named and os.path.isdir(named):  # noqa: PTH112  # it may be an id, which Path would rewrite
         config.base_model_name_or_path = str(Path(named).resolve())
-    # PEFT would otherwise ask the hub whether the vocabulary was resized; graft never resizes it.
+    if start is not None:
+        assert isinstance(config, LoraConfig)
+        on_base, tensors = as_difference(config, adapter_tensors(model), start)
+        on_base.inference_mode = True
+        on_base.save_pretrained(str(folder))
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        return
+    # PEFT would otherwise ask the hub whether the vocabulary was resized; new rows are saved by themselves.
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # an unfilled model card form
 

@@ -21,6 +21,7 @@ from graft.config.train import Encode
 from graft.tokens import probe, response, spelling
 from graft.tokens.renderer import Renderer, TemplateRefused
 from graft.tokens.response import Turn
+from graft.tokens.row_weight import weighed
 from graft.tokens.spelling import Unfit
 from graft.tokens.spread import map_chunks
 from graft.tokens.tokenise import Spelled
@@ -131,7 +132,7 @@ def encode_chunk(
         else:
             pairs = [(next(spelled), next(spelled)) for _ in jobs]
             results.append(_finish(conversation, jobs, pairs, work))
-    return results, work.notes
+    return [weighed(conversation, result) for conversation, result in zip(chunk, results, strict=True)], work.notes
 
 
 def _plan(conversation: Conversation, work: _Work) -> list[_Job] | Reject:

@@ -28,7 +28,11 @@ TOKENIZER_FILES = (
 
 
 def load_renderer(
-    model_path: str, template: str | None = None, date: str | None = None, trust_remote_code: bool = False
+    model_path: str,
+    template: str | None = None,
+    date: str | None = None,
+    trust_remote_code: bool = False,
+    new_tokens: Sequence[str] = (),
 ) -> Renderer:
     """Tokenizer and chat template of a model folder, a folder with only a tokenizer, or a Hugging Face id.
 
@@ -38,13 +42,15 @@ def load_renderer(
             path of a Jinja file.
         date: the day (YYYY-MM-DD) told to templates that write one; None is today.
         trust_remote_code: run tokenizer code that comes with the model.
+        new_tokens: words that become one token each.
 
     Raises:
         InputError: there is no such folder, or no tokenizer in it.
-        ConfigError: the template is not known, or the date is not a date.
+        ConfigError: the template is not known, the date is not a date, or a new token is none.
     """
     day = _parse_date(date)
     tokenizer = _load_tokenizer(model_path, trust_remote_code)
+    added = _add_tokens(tokenizer, new_tokens)
     # An id that the tokenizer does not have can end nothing.
     generation_stops = [stop for stop in _generation_stops(model_path) if 0 <= stop < len(tokenizer)]
     notes = _give_eos(tokenizer, generation_stops)
@@ -53,8 +59,31 @@ def load_renderer(
     for one in (text, tool_text or ""):
         chat_template.check_syntax(shown, one)
     tokenizer.chat_template = text if tool_text is None else {"default": text, "tool_use": tool_text}
-    plain = Renderer(tokenizer, text, name, day, (), tool_text, chat_template.switches_of(text + (tool_text or "")))
+    plain = Renderer(
+        tokenizer,
+        text,
+        name,
+        day,
+        (),
+        tool_text,
+        chat_template.switches_of(text + (tool_text or "")),
+        new_tokens=added,
+    )
     return finish(plain, generation_stops, notes)
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> dict[int, tuple[int, ...]]:
+    """Teach the tokenizer whole words; returns their ids, each with the ids that its text had before."""
+    from tokenizers import AddedToken
+
+    before = {word: tuple(tokenizer.encode(word, add_special_tokens=False)) for word in words}
+    for word, pieces in before.items():
+        if not word.strip() or len(pieces) == 1:
+            reason = "is empty" if not word.strip() else f"is one token already (id {pieces[0]})"
+            raise ConfigError(f"new_tokens: {word!r} {reason}; leave it out")
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in before])
+    vocabulary = tokenizer.get_vocab()
+    return {vocabulary[word]: pieces for word, pieces in before.items()}
 
 
 def finish(plain: Renderer, generation_stops: Sequence[int], notes: Sequence[str]) -> Renderer:

@@ -58,6 +58,8 @@ class Renderer:
     """Tool-call arguments are given as JSON text, for templates that raise on parsed ones."""
     notes: tuple[str, ...] = ()
     """What was decided while loading that the user should know."""
+    new_tokens: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """Ids of the words that the settings added to the tokenizer, each with the ids that its text had before."""
     memory: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """What was learnt about the template by rendering with it; only `probe` reads and writes it."""
 

@@ -25,6 +25,7 @@ from graft.config.train import Encode
 from graft.console import warn_once
 from graft.errors import InputError
 from graft.runs import fsync_folder, write_atomic
+from graft.tokens import row_weight
 from graft.tokens.columns import Columns, Unwritable, naming_refusals
 from graft.tokens.encode import encode_each
 from graft.tokens.renderer import Renderer
@@ -139,6 +140,8 @@ def store_key(conversations: Iterable[Conversation], renderer: Renderer, setting
         turns = tuple(map(_SHAPING, conversation.messages))
         shapes = (conversation.id, _name(origin.file), origin.line, turns, conversation.tools, conversation.text)
         digest.update(repr(shapes).encode("utf-8", "surrogatepass") + b"\0")
+        if conversation.meta.get(row_weight.COLUMN) is not None:
+            digest.update(repr(conversation.meta[row_weight.COLUMN]).encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()
 
 

@@ -2,7 +2,8 @@
 
     checkpoints/step-N/
         (adapter or model folder: loadable by every command and by transformers and PEFT)
-        optimizer.safetensors   moments by parameter name
+        optimizer.safetensors   moments by parameter name; the average of the weights, and the live ones where others
+                                are saved
         state.json              position, best validation so far, what the run is made of
         manifest.json           size and hash of every other file; written last
 
@@ -53,6 +54,8 @@ class State:
     """Steps that were skipped because they were not finite."""
     window: Mapping[str, Any] = field(default_factory=dict)
     """What was added up since the last logged step."""
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    """The optimizer's numbers, by parameter or group."""
     scaler: Mapping[str, Any] = field(default_factory=dict)
     """State of the fp16 loss scaler."""
     made_of: Mapping[str, str] = field(default_factory=dict)
@@ -65,6 +68,7 @@ def save_checkpoint(
     renderer: Renderer,
     optimizer: Mapping[str, Tensor],
     state: State,
+    start: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write checkpoints/step-N; at any moment the folder is complete or not there.
 
@@ -76,7 +80,7 @@ def save_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        save_model(model, renderer, aside)
+        save_model(model, renderer, aside, start=start)
         save_file(dict(optimizer), aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
         put_in_place(aside, final)

@@ -3,101 +3,144 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
-from torch import nn
-from transformers import PreTrainedModel
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
 
 from graft.config.train import Train
-from graft.console import note, warn
-from graft.errors import InputError
-from graft.model.adapters import add_lora
-from graft.model.attention_pick import Attention, pick_attention, row_step
-from graft.model.compile import compile_layers, wants_compile
+from graft.console import warn
+from graft.errors import ConfigError, InputError
+from graft.model.adapter_start import adapter_tensors
+from graft.model.adapters import add_adapter, freeze_but
 from graft.model.device import Precision
-from graft.model.liger import use_liger, wants_liger
 from graft.model.load import load_adapter, load_base
+from graft.model.peft_kinds import kind_of, mutates_base, peft_config
 from graft.model.trees import TreeLM
+from graft.model.vocabulary import begin_as_pieces, grow, token_rows
 from graft.runs import RunFolder
+from graft.tokens.renderer import Renderer
+from graft.train.computing import pick_computing, tree_model
 from graft.train.prepare import Prepared
 
 
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A model on its device, about to be trained."""
+
+    lm: TreeLM
+    final_dtype: torch.dtype
+    """Number format of the final folder where the model's own weights are trained: that of the model it began with."""
+    start: Mapping[str, Tensor] | None
+    """What the adapter began as, where its beginning was subtracted from the base: it is saved as the difference."""
+
+
 def load_for_training(
-    settings: Train, precision: Precision, device: torch.device, checkpoint: Path | None
-) -> tuple[TreeLM, torch.dtype]:
+    settings: Train, precision: Precision, device: torch.device, checkpoint: Path | None, prepared: Prepared
+) -> Ready:
     """The model on its device, with what is trained from a checkpoint, `init_from`, or afresh.
 
-    Also returns the number format of the final folder of a full fine-tuning: that of the model it began with.
+    Raises:
+        ConfigError: what is to be trained does not fit the model.
+        InputError: a folder cannot serve.
     """
     computing = pick_computing(settings, device)
     start = checkpoint or (weights_folder(settings.init_from) if settings.init_from else None)
     model: PreTrainedModel | PeftModel
-    if settings.method == "lora":
+    began: Mapping[str, Tensor] | None = None
+    if settings.trains_own_weights:
+        model = load_base(str(start or settings.model), precision.trained, settings.trust_remote_code)
+        _add_tokens(model, prepared.renderer, fresh=start is None or not _has_tokens(start, prepared.renderer))
+        if settings.method == "freeze":
+            freeze_but(model, settings.freeze)
+            _refuse_frozen_new_tokens(model, settings)
+        else:
+            model.requires_grad_(True)
+        final_dtype = stored_dtype(settings.model)
+    else:
         base = load_base(settings.model, precision.frozen, settings.trust_remote_code)
         final_dtype = base.dtype
+        _add_tokens(base, prepared.renderer, fresh=True)
         if settings.gradient_checkpointing:
             base.enable_input_require_grads()  # the first layer's inputs need a gradient, or nothing is recomputed
-        model = load_adapter(base, start, trainable=True) if start else add_lora(base, settings.lora, settings.seed)
+        config = _with_new_tokens(peft_config(settings), base, prepared.renderer)
+        if settings.init_from is None and mutates_base(config):
+            # A checkpoint's adapter is for the base as others have it; ours has lost what the adapter began as.
+            model = add_adapter(base, config, settings.seed, _samples(prepared, settings))
+            began = adapter_tensors(model)
+        elif start:
+            model = load_adapter(base, start, trainable=True)
+        else:
+            model = add_adapter(base, config, settings.seed, _samples(prepared, settings))
         if start and start is not checkpoint:
             _say_other_shape(model, settings)
-    else:
-        model = load_base(str(start or settings.model), precision.trained, settings.trust_remote_code)
-        model.requires_grad_(True)
-        final_dtype = stored_dtype(settings.model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     nn.Module.to(model, device)
-    return tree_model(model, settings, computing), final_dtype
+    return Ready(tree_model(model, settings, computing), final_dtype, began)
 
 
-@dataclass(frozen=True, slots=True)
-class Computing:
-    """By what a run's numbers are computed; they are the same whatever it is."""
-
-    attention: Attention
-    compiled: bool
-    liger: bool
-
-
-def pick_computing(settings: Train, device: torch.device) -> Computing:
-    """What this device and installation offer of what the settings ask for.
-
-    Raises:
-        ConfigError: something is asked for that they do not have.
-    """
-    compiled = wants_compile(settings.compile, device)
-    liger = wants_liger(settings.kernels, device, compiled)
-    return Computing(pick_attention(settings.attention, device), compiled, liger)
+def _add_tokens(model: PreTrainedModel, renderer: Renderer, fresh: bool) -> None:
+    """Room for the new tokens; those of a model that has been trained already keep what they learnt."""
+    if renderer.new_tokens:
+        grow(model, 1 + max(renderer.new_tokens))
+        if fresh:
+            begin_as_pieces(model, renderer.new_tokens)
 
 
-def tree_model(model: PreTrainedModel | PeftModel, settings: Train, computing: Computing) -> TreeLM:
-    """The model, on its device already, ready to be trained on trees; says in one line what computes it."""
-    step = row_step(settings.row_budget) if computing.attention.padded or computing.compiled else 1
-    lm = TreeLM(model, computing.attention.backend, settings.trees, step, fuse=not computing.compiled)
-    kernels = use_liger(model) if computing.liger else {}
-    layers = compile_layers(lm.base) if computing.compiled and lm.on_trees else 0
-    said = [f"attention: {computing.attention.why}"] if lm.on_trees else []
-    said += [f"{count} {name} by liger-kernel" for name, count in kernels.items() if count]
-    if layers:
-        said.append(f"{layers} layers compiled, rows padded to multiples of {lm.row_step} tokens")
-    if said:
-        note("; ".join(said))
-    if lm.on_trees and lm.backend_failed is not None:
-        warn(f"attention by segments, since {computing.attention.backend} failed on a probe: {lm.backend_failed}")
-    if computing.compiled and not layers:
-        reason = "its layers are not of the form that can be" if lm.on_trees else "it runs one example per row"
-        warn(f"compile=true: nothing was compiled, since {reason}")
-    return lm
+def _has_tokens(folder: Path, renderer: Renderer) -> bool:
+    """Whether a folder's weights were trained with the new tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    return all(
+        tokenizer.convert_ids_to_tokens(i) == renderer.tokenizer.convert_ids_to_tokens(i) for i in renderer.new_tokens
+    )
+
+
+def _with_new_tokens(config: PeftConfig, base: PreTrainedModel, renderer: Renderer) -> PeftConfig:
+    """The adapter also trains the new tokens' own rows, beside what the settings name."""
+    if renderer.new_tokens and isinstance(config, LoraConfig):
+        rows = token_rows(base, list(renderer.new_tokens))
+        named = config.trainable_token_indices or {}
+        also = named if isinstance(named, dict) else {next(iter(rows)): named}
+        config.trainable_token_indices = {
+            name: sorted({*rows.get(name, ()), *also.get(name, ())}) for name in {**rows, **also}
+        }
+    return config
+
+
+def _refuse_frozen_new_tokens(model: PreTrainedModel, settings: Train) -> None:
+    if settings.new_tokens and not model.get_input_embeddings().get_parameter("weight").requires_grad:
+        raise ConfigError(
+            f"new_tokens: {len(settings.new_tokens)} tokens, but method=freeze leaves the embeddings as they are; "
+            "add the embedding's name to freeze.patterns, or use method=lora, which trains the new rows alone"
+        )
+
+
+def _samples(prepared: Prepared, settings: Train) -> list[Tensor]:
+    """Token ids of the first examples, for adapters that begin from data."""
+    few = range(min(len(prepared.train), settings.lora.init_examples))
+    examples = prepared.train.examples(few)[: settings.lora.init_examples]
+    return [torch.from_numpy(example.ids.astype(np.int64)) for example in examples]
 
 
 def _say_other_shape(model: PeftModel, settings: Train) -> None:
-    """An adapter brings its own shape, which the recipe's cannot change."""
+    """An adapter brings its own shape, which the recipe's cannot change.
+
+    Raises:
+        InputError: it is of another kind than the settings ask for.
+    """
     brought: Any = model.peft_config["default"]
+    wanted = str(settings.peft.get("type", "LORA")).upper()
+    if kind_of(brought) != wanted:
+        raise InputError(f"init_from {settings.init_from}: holds a {kind_of(brought)} adapter, not {wanted}")
+    if settings.method != "lora":
+        return
     its = {"r": brought.r, "alpha": brought.lora_alpha, "dropout": brought.lora_dropout}
     asked = {name: getattr(settings.lora, name) for name in its}
     if its != asked:

@@ -10,12 +10,14 @@ import json
 import math
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import yaml
+from torch import Tensor
 
 from graft.config.train import Train, load_train
 from graft.console import Advance, note, progress, warn
@@ -26,6 +28,7 @@ from graft.model.load import load_weights
 from graft.model.save import save_model
 from graft.runs import RunFolder, append_jsonl, make_writable, new_run_folder, read_jsonl, write_atomic
 from graft.tokens.tree import sharing, total_weight
+from graft.train.average import EMA, LIVE, Average, live_tensors, load_live
 from graft.train.checkpoint import (
     State,
     load_state,
@@ -36,12 +39,19 @@ from graft.train.checkpoint import (
     save_checkpoint,
 )
 from graft.train.environment import describe_environment
+from graft.train.in_backward import refuse_steps_of_several_rows
 from graft.train.load import check_context, load_for_training, longest_example
-from graft.train.optim import load_optimizer_state, make_optimizer, optimizer_state, set_learning_rate
+from graft.train.optim import (
+    load_optimizer_state,
+    make_optimizer,
+    optimizer_numbers,
+    optimizer_state,
+    set_learning_rate,
+)
 from graft.train.prepare import Prepared, prepare
 from graft.train.schedule import learning_rate
 from graft.train.signals import stop_requests
-from graft.train.step import Stepper
+from graft.train.tuning import check_tuning, embeddings_of, make_stepper
 from graft.train.validate import Stopped, validate
 
 
@@ -51,8 +61,11 @@ def train(settings: Train) -> RunFolder:
     Raises:
         GraftError: the settings, data or model cannot serve, the run diverged, or was interrupted (all saved).
     """
+    check_tuning(settings)
     settings, run = open_run(settings)
     prepared = prepare(settings, run)
+    if settings.optimizer_in_backward:
+        refuse_steps_of_several_rows(prepared.plan, prepared.train, settings.row_budget, settings.trees)
     fit = Fit(settings, run, prepared)
     with stop_requests() as stop, progress("training", prepared.plan.total_steps, fit.state.step) as advance:
         try:
@@ -114,6 +127,7 @@ class Window:
     """What was added up since the last logged step."""
 
     nll: float = 0.0
+    objective: float = 0.0
     weight: float = 0.0
     computed: int = 0
     tokens: int = 0
@@ -143,12 +157,14 @@ class Fit:
         prepare_device(device)
         self.precision = pick_precision(settings.precision, device)
         checkpoint = newest_checkpoint(run) if settings.resume else None
-        self.lm, self.final_dtype = load_for_training(settings, self.precision, device, checkpoint)
+        ready = load_for_training(settings, self.precision, device, checkpoint, prepared)
+        self.lm, self.final_dtype, self.start = ready.lm, ready.final_dtype, ready.start
         check_context(self.lm, settings.model, longest_example(prepared))
         self.parameters = trainable(self.lm.model)
-        embeddings = {id(self.lm.base.get_input_embeddings().weight)}
-        self.optimizer = make_optimizer(self.parameters, embeddings, settings)
-        self.stepper = Stepper(self.lm, self.parameters, self.optimizer, self.precision, settings.clip, settings.seed)
+        self.optimizer = make_optimizer(self.parameters, embeddings_of(self.lm, settings), settings)
+        self.stepper = make_stepper(self.lm, self.parameters, self.optimizer, self.precision, settings)
+        free = settings.optimizer == "schedule_free_adamw"
+        self.average = Average(self.parameters, self.optimizer, settings.ema, free)
         self.state = State(step=0, made_of=prepared.made_of)
         self.window = Window()
         self.last_val: float | None = None
@@ -201,10 +217,11 @@ class Fit:
         best = self.state.best_step
         if self.settings.patience is not None and best is not None and best != self.state.step:
             note(f"final/ holds the weights of step {best}, which had the best validation loss")
-            load_weights(self.lm.model, self.run.checkpoints / f"step-{best}")
+            self._go_back(self.run.checkpoints / f"step-{best}")
+        self.average.keep()
         aside = self.run.root / ".final.tmp"
         try:
-            save_model(self.lm.model, self.prepared.renderer, aside, self.final_dtype)
+            save_model(self.lm.model, self.prepared.renderer, aside, self.final_dtype, self.start)
             put_in_place(aside, self.run.final)
         except OSError as error:
             raise InputError(
@@ -216,9 +233,19 @@ class Fit:
     def save(self) -> None:
         """A checkpoint of this moment; older ones than `keep_last` go, never the best."""
         self._refuse_if_not_finite()
-        tensors = optimizer_state(self.optimizer, self.parameters)
-        state = replace(self.state, scaler=self.stepper.scaler.state_dict(), window=asdict(self.window))
-        save_checkpoint(self.run, self.lm.model, self.prepared.renderer, tensors, state)
+        tensors = optimizer_state(self.optimizer, self.parameters) | self.average.tensors()
+        if (
+            self.average.differs or self.start is not None
+        ):  # the folder's weights are not those that training goes on with
+            tensors |= live_tensors(self.parameters)
+        state = replace(
+            self.state,
+            optimizer=optimizer_numbers(self.optimizer, self.parameters),
+            scaler=self.stepper.scaler.state_dict(),
+            window=asdict(self.window),
+        )
+        with self.average.judged():
+            save_checkpoint(self.run, self.lm.model, self.prepared.renderer, tensors, state, self.start)
         prune(self.run, self.settings.keep_last, self.state.best_step)
 
     def _update(self, step: int, stop: threading.Event) -> Update | None:
@@ -229,23 +256,26 @@ class Fit:
         weight = total_weight(examples)
         lr = learning_rate(step, self.total_steps, self.settings)
         set_learning_rate(self.optimizer, lr)
-        nlls = []
+        of_rows = []
         for number, row in enumerate(rows):
-            nlls.append(self.stepper.accumulate(row, (step, number), weight))
-            if stop.is_set():
+            of_rows.append(self.stepper.accumulate(row, (step, number), weight))
+            if stop.is_set() and self.stepper.revocable:
                 self.stepper.discard()
                 return None
-        nll, norm = self.stepper.update(nlls, weight, step + 1)
-        loss = nll / weight if weight else 0.0
+        skipped = self.stepper.skipped
+        sums = self.stepper.update(of_rows, weight, step + 1)
+        if self.stepper.skipped == skipped:
+            self.average.follow()
         shared = sharing(examples, rows)
-        self.window.nll += nll
+        self.window.objective += sums.loss
+        self.window.nll += sums.nll
         self.window.weight += weight
         self.window.computed += shared.nodes
         self.window.tokens += shared.tokens
         self.window.seconds += time.perf_counter() - started
         if self.settings.trace:
             self._trace(step, examples, rows)
-        return Update(loss, lr, norm)
+        return Update(sums.nll / weight if weight else 0.0, lr, sums.norm)
 
     def _validate(self, stop: threading.Event) -> bool:
         """Validate and log; whether this is the best so far."""
@@ -253,7 +283,8 @@ class Fit:
             return False
         self.state = replace(self.state, unvalidated=True)
         try:
-            found = validate(self.lm, self.val_examples, self.settings.row_budget, self.precision, stop)
+            with self.average.judged():
+                found = validate(self.lm, self.val_examples, self.settings.row_budget, self.precision, stop)
         except Stopped:
             self._stop_here()
         self.state = replace(self.state, unvalidated=False)
@@ -300,6 +331,8 @@ class Fit:
             "tokens_per_s": round(window.computed / window.seconds, 1) if window.seconds else 0.0,
             "memory_gib": round(memory_gib(self.lm.device), 3),
         }
+        if not self.stepper.objective.plain:
+            row["objective"] = window.objective / window.weight if window.weight else 0.0
         if self.stepper.skipped:
             row["skipped"] = self.stepper.skipped
         append_jsonl(self.run.metrics, _finite(row))
@@ -332,7 +365,7 @@ class Fit:
     def _restore(self, checkpoint: Path) -> None:
         state, tensors = load_state(checkpoint)
         refuse_if_changed(checkpoint, state.made_of, self.prepared.made_of)
-        load_optimizer_state(self.optimizer, self.parameters, tensors)
+        self._load_tensors(tensors, state.optimizer)
         self.state = state
         self.stepper.skipped = state.skipped
         self.stepper.skipped_in_a_row = state.skipped_in_a_row
@@ -340,6 +373,19 @@ class Fit:
         if state.scaler:
             self.stepper.scaler.load_state_dict(dict(state.scaler))
         note(f"resuming after step {state.step} of {self.total_steps}")
+
+    def _go_back(self, checkpoint: Path) -> None:
+        """The weights of an earlier moment of this run, live and averaged."""
+        state, tensors = load_state(checkpoint)
+        if self.start is None:
+            load_weights(self.lm.model, checkpoint)
+        self._load_tensors(tensors, state.optimizer)
+
+    def _load_tensors(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        of_optimizer = {name: value for name, value in tensors.items() if not name.startswith((LIVE, EMA))}
+        load_optimizer_state(self.optimizer, self.parameters, of_optimizer, numbers)
+        load_live(self.parameters, tensors)
+        self.average.load(tensors)
 
     def _drop_metrics_after(self, step: int) -> None:
         """What was logged after the checkpoint will be logged again."""

@@ -1,8 +1,14 @@
-"""The loss: a weighted sum of negative log-likelihoods over predictors, without a full logits tensor.
+"""The loss: a weighted sum over predictors, without a full logits tensor.
 
 Shapes: M predictors (nodes whose hidden state predicts a target), d hidden size, V vocabulary, C predictors of a chunk.
-`sum(weight * nll)` is returned as a sum; dividing by the sum of the weights of the whole optimizer step is done by the
-caller, once, so that rows, accumulation and ranks do not change the result.
+Sums are returned; dividing by the sum of the weights of the whole optimizer step is done by the caller, once, so that
+rows, accumulation and ranks do not change the result.
+
+What is trained on is an `Objective` of the logits z at each predictor with label y and p = softmax(z):
+
+    nll              -log p[y]                                          gradient  p - onehot(y)
+    label smoothing  (1 - s) * -log p[y] + s * mean over v of -log p[v]           p - (1 - s) * onehot(y) - s / V
+    dft              detached p[y] * -log p[y]                                    p[y] * (p - onehot(y))
 """
 
 from __future__ import annotations
@@ -26,23 +32,50 @@ CACHED_ROWS = 160
 
 
 @dataclass(frozen=True, slots=True)
+class Objective:
+    """What is minimised; the plain negative log-likelihood unless told otherwise."""
+
+    smoothing: float = 0.0
+    """Share of the target that is spread evenly over the vocabulary (Szegedy et al. 2015, arXiv:1512.00567)."""
+    dft: bool = False
+    """Weigh each target by its own probability, taken as a constant (Wu et al. 2025, arXiv:2508.05629)."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the negative log-likelihood itself."""
+        return not self.smoothing and not self.dft
+
+
+PLAIN = Objective()
+
+
+@dataclass(frozen=True, slots=True)
 class Summed:
     """What a row, a step or a set adds up to."""
 
+    loss: Tensor
+    """Scalar: sum of weight * objective. Differentiable where gradients are wanted."""
     nll: Tensor
-    """Scalar: sum of weight * nll. Differentiable where gradients are wanted."""
+    """Scalar: sum of weight * nll; `loss` itself where the objective is plain, else without gradient."""
     correct: Tensor
     """Scalar: sum of the weights of targets that have the largest logit."""
 
 
-def row_loss(lm: TreeLM, tree: TreeRow) -> Summed:
+def row_loss(lm: TreeLM, tree: TreeRow, objective: Objective = PLAIN) -> Summed:
     """Summed loss of one row; zero for a row without targets."""
     if lm.logit_shape is None:
-        return logits_nll(lm.logits(tree), tree.labels, tree.weights)
-    return linear_nll(lm.states(tree), lm.head, lm.logit_shape, tree.labels, tree.weights)
+        return logits_nll(lm.logits(tree), tree.labels, tree.weights, objective)
+    return linear_nll(lm.states(tree), lm.head, lm.logit_shape, tree.labels, tree.weights, objective)
 
 
-def linear_nll(hidden: Tensor, head: nn.Module, shape: LogitShape, labels: Tensor, weights: Tensor) -> Summed:
+def linear_nll(
+    hidden: Tensor,
+    head: nn.Module,
+    shape: LogitShape,
+    labels: Tensor,
+    weights: Tensor,
+    objective: Objective = PLAIN,
+) -> Summed:
     """Summed loss of `head(hidden)` at M predictors.
 
     hidden [M, d], labels [M], weights [M] float32. A plain linear head computes its gradients in the forward pass (two
@@ -54,27 +87,38 @@ def linear_nll(hidden: Tensor, head: nn.Module, shape: LogitShape, labels: Tenso
         if not torch.is_autocast_enabled(hidden.device.type):
             dtype = head.weight.dtype
         grads = torch.is_grad_enabled()
-        nll, correct = _LinearNLL.apply(hidden, head.weight, head.bias, labels, weights, shape, dtype, grads)  # type: ignore[no-untyped-call]
-        return Summed(nll, correct)
-    total = hidden.new_zeros((), dtype=torch.float32)
-    correct = hidden.new_zeros((), dtype=torch.float32)
+        loss, nll, correct = _LinearNLL.apply(  # type: ignore[no-untyped-call]
+            hidden, head.weight, head.bias, labels, weights, shape, dtype, grads, objective
+        )
+        return Summed(loss, loss if objective.plain else nll, correct)
+    total, nll, correct = (hidden.new_zeros((), dtype=torch.float32) for _ in range(3))
     chunk = max(1, CHUNK_ELEMENTS // _vocabulary(head))
     for h, y, w in zip(hidden.split(chunk), labels.split(chunk), weights.split(chunk), strict=True):
-        nll, hits = checkpoint(_module_nll, h, head, shape, y, w, use_reentrant=False)
-        total, correct = total + nll, correct + hits
-    return Summed(total, correct)
+        of_chunk = checkpoint(_module_nll, h, head, shape, y, w, objective, use_reentrant=False)
+        total, nll, correct = total + of_chunk[0], nll + of_chunk[1], correct + of_chunk[2]
+    return Summed(total, total if objective.plain else nll, correct)
 
 
-def logits_nll(logits: Tensor, labels: Tensor, weights: Tensor) -> Summed:
+def logits_nll(logits: Tensor, labels: Tensor, weights: Tensor, objective: Objective = PLAIN) -> Summed:
     """Summed loss of logits [M, V] that a model computed itself."""
     nll = F.cross_entropy(logits.float(), labels, reduction="none")
-    return Summed((weights * nll).sum(), (weights * (logits.argmax(-1) == labels)).sum())
+    plain = (weights * nll).sum()
+    correct = (weights * (logits.argmax(-1) == labels)).sum()
+    if objective.plain:
+        return Summed(plain, plain, correct)
+    if objective.dft:
+        wanted = (-nll.detach()).exp() * nll
+    else:
+        wanted = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=objective.smoothing)
+    return Summed((weights * wanted).sum(), plain.detach(), correct)
 
 
-def _module_nll(hidden: Tensor, head: nn.Module, shape: LogitShape, labels: Tensor, weights: Tensor) -> Any:
+def _module_nll(
+    hidden: Tensor, head: nn.Module, shape: LogitShape, labels: Tensor, weights: Tensor, objective: Objective
+) -> Any:
     logits = shape_logits(head(hidden).float(), shape)
-    summed = logits_nll(logits, labels, weights)
-    return summed.nll, summed.correct.detach()
+    summed = logits_nll(logits, labels, weights, objective)
+    return summed.loss, summed.nll.detach(), summed.correct.detach()
 
 
 def _vocabulary(head: nn.Module) -> int:
@@ -83,9 +127,9 @@ def _vocabulary(head: nn.Module) -> int:
 
 
 class _LinearNLL(torch.autograd.Function):
-    """sum(w * (logsumexp(z) - z[label])) for z = shaped(hidden @ weight.T + bias), chunk by chunk.
+    """The objective's sum and sum(w * (logsumexp(z) - z[label])), z = shaped(hidden @ weight.T + bias), by chunks.
 
-    d/dz = w * (softmax(z) - onehot(label)), times the shape's own derivative. Logits are fp32 in each chunk.
+    d/dz is w times the objective's gradient (above), times the shape's own derivative. Logits are fp32 in each chunk.
     """
 
     @staticmethod
@@ -99,16 +143,17 @@ class _LinearNLL(torch.autograd.Function):
         shape: LogitShape,
         dtype: torch.dtype,
         grads: bool,
-    ) -> tuple[Tensor, Tensor]:
+        objective: Objective,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wants = [grads and needed for needed in ctx.needs_input_grad[:3]]
         product = weight.to(dtype)
         # fp32 until the caller's factor is known: in fp16 a small gradient would vanish before the scaler lifts it.
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if wants[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants[1] else None
         grad_bias = torch.zeros_like(weight[:, 0], dtype=torch.float32) if bias is not None and wants[2] else None
-        total = torch.zeros(
-            (), dtype=torch.float64 if hidden.device.type == "cpu" else torch.float32, device=hidden.device
-        )
+        exact = torch.float64 if hidden.device.type == "cpu" else torch.float32
+        nll = torch.zeros((), dtype=exact, device=hidden.device)
+        total = torch.zeros((), dtype=exact, device=hidden.device)
         correct = torch.zeros((), dtype=torch.float32, device=hidden.device)
         chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
         if hidden.device.type == "cpu" and grad_weight is None:  # its gradient would be passed over for each chunk
@@ -121,13 +166,22 @@ class _LinearNLL(torch.autograd.Function):
             largest, best = z.max(dim=1)
             correct += (w * (best == y)).sum()
             slope = None if shape.softcap is None else 1 - (z / shape.softcap) ** 2
+            mean = z.mean(dim=1) if objective.smoothing else at_label
             z.sub_(largest[:, None]).exp_()
             norm = z.sum(dim=1)
-            total += (w * (norm.log() + largest - at_label)).sum()
+            log_norm = norm.log() + largest
+            of_target = log_norm - at_label
+            nll += (w * of_target).sum()
+            if objective.dft:
+                w = w * (-of_target).exp()
+            # The smoothed nll is logsumexp(z) minus a share of z[label] and a share of the mean of z.
+            total += (w * torch.lerp(of_target, log_norm - mean, objective.smoothing)).sum()
             if not any(wants):
                 continue
             z.mul_((w / norm)[:, None])
-            z[torch.arange(len(y), device=y.device), y] -= w
+            if objective.smoothing:
+                z.sub_((w * (objective.smoothing / z.shape[1]))[:, None])
+            z[torch.arange(len(y), device=y.device), y] -= w * (1 - objective.smoothing)
             if slope is not None:
                 z.mul_(slope)
             if shape.scale != 1.0:
@@ -141,14 +195,15 @@ class _LinearNLL(torch.autograd.Function):
                 grad_weight += (z.T @ h).float()
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype)
-        ctx.mark_non_differentiable(correct)
-        return total.float(), correct
+        plain = nll.float()
+        ctx.mark_non_differentiable(plain, correct)
+        return total.float(), plain, correct
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _grad_correct: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor, _grad_nll: Tensor, _grad_correct: Tensor) -> Any:
         scaled = [
             None if saved is None else (saved * grad).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)

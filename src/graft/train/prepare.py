@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from graft.config.data import Source
 from graft.config.train import Train
@@ -49,7 +51,11 @@ def prepare(settings: Train, run: RunFolder) -> Prepared:
         DataRefused: too many rows were rejected.
     """
     renderer = load_renderer(
-        settings.model, settings.encode.template, settings.encode.date, trust_remote_code=settings.trust_remote_code
+        settings.model,
+        settings.encode.template,
+        settings.encode.date,
+        trust_remote_code=settings.trust_remote_code,
+        new_tokens=settings.new_tokens,
     )
     note(f"chat template: {renderer.template_name}")
     for text in renderer.notes:
@@ -73,7 +79,7 @@ def prepare(settings: Train, run: RunFolder) -> Prepared:
             warn(said) if text == UNSPELLED else note(said)
     if not len(train):
         raise InputError(f"no conversation is left to train on of {loaded.read} read; see {run.rejects}")
-    _check_vocabulary(settings.model, train, vocabulary)
+    _check_vocabulary(settings.model, train, vocabulary, renderer.new_tokens)
     _write_held_out(run, held_out)
     plan = Plan(
         _repeats(settings.data, held_out.train, train),
@@ -124,8 +130,8 @@ def _parts(settings: Train, loaded: Loaded, val_files: Loaded, test_files: Loade
     return replace(parts, val=val, test=test)
 
 
-def _check_vocabulary(model: str, store: ExampleStore, vocabulary: int | None) -> None:
-    largest = int(store.ids.max()) if len(store.ids) else -1
+def _check_vocabulary(model: str, store: ExampleStore, vocabulary: int | None, new: Container[int]) -> None:
+    largest = max((int(token) for token in np.unique(store.ids) if int(token) not in new), default=-1)
     if vocabulary is not None and largest >= vocabulary:
         raise InputError(
             f"{model}: its tokenizer makes id {largest}, but the model has only {vocabulary} embeddings (0 to "
@@ -160,8 +166,10 @@ def _made_of(
     decides = settings.model_dump(
         mode="json",
         include={
-            "method", "lora", "precision", "batch_size", "epochs", "max_steps", "seed", "lr", "schedule",
-            "warmup", "min_lr_ratio", "weight_decay", "beta1", "beta2", "eps", "clip",
+            "method", "lora", "peft", "freeze", "new_tokens", "precision", "batch_size", "epochs", "max_steps", "seed",
+            "lr", "lr_patterns", "schedule", "decay", "power", "warmup", "min_lr_ratio", "weight_decay", "optimizer",
+            "optimizer_options", "optimizer_in_backward", "beta1", "beta2", "eps", "clip", "loss", "label_smoothing",
+            "neftune_alpha", "ema",
         },
     )  # fmt: skip
     repeats = hashlib.blake2b(repr(plan.repeats).encode(), digest_size=8).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +12,46 @@ from torch import Tensor, nn
 from graft.errors import Diverged
 from graft.model.device import Precision
 from graft.model.trees import TreeLM
-from graft.train.loss import row_loss
+from graft.train.loss import PLAIN, Objective, row_loss
+from graft.train.noise import noisy_embedding
 from graft.types import Row
 
 MOST_SKIPPED = 5
 """So many non-finite steps in a row end the run."""
 
 
+class RowSums(NamedTuple):
+    """What a row adds to its step; scalars that stay on the device."""
+
+    loss: Tensor
+    """Sum of weight * objective."""
+    nll: Tensor
+    """Sum of weight * nll; the same where the objective is plain."""
+
+
+class StepSums(NamedTuple):
+    """What a step adds up to."""
+
+    loss: float
+    """Sum of weight * objective."""
+    nll: float
+    """Sum of weight * nll."""
+    norm: float
+    """Of the gradient, before clipping."""
+
+    @classmethod
+    def read(cls, rows: Sequence[RowSums], norm: Tensor, device: torch.device) -> StepSums:
+        """Add up what rows gave; here the host waits for the device, once."""
+        of_rows = [sums for row in rows for sums in row]
+        *read, found = torch.stack([*of_rows, norm.to(device, torch.float32)]).tolist()
+        return cls(sum(read[0::2], 0.0), sum(read[1::2], 0.0), found)
+
+
 class Stepper:
     """Turns rows into updates, and counts the updates that were skipped because they were not finite."""
+
+    revocable = True
+    """Whether a step that was begun can still be discarded."""
 
     def __init__(
         self,
@@ -29,6 +61,8 @@ class Stepper:
         precision: Precision,
         clip: float | None,
         seed: int,
+        objective: Objective = PLAIN,
+        neftune_alpha: float | None = None,
     ) -> None:
         self.lm = lm
         self.parameters = parameters
@@ -36,29 +70,36 @@ class Stepper:
         self.precision = precision
         self.clip = clip
         self.seed = seed
+        self.objective = objective
+        self.neftune_alpha = neftune_alpha
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.scaler = torch.amp.GradScaler(lm.device.type, enabled=precision.scaled)
 
-    def accumulate(self, row: Row, number: tuple[int, int], weight: float) -> Tensor:
-        """Add the gradient of one row's share of the step's mean loss; returns the row's summed nll, on the device.
+    def accumulate(self, row: Row, number: tuple[int, int], weight: float) -> RowSums:
+        """Add the gradient of one row's share of the step's mean loss; returns the row's sums.
 
         Nothing here waits for the device: the host goes on to the next row while this one is computed.
 
-        `number` is (step, index of the row in it): dropout is seeded by it, so that a resumed run, or one on other
-        hardware, draws what the unbroken one would have drawn.
+        `number` is (step, index of the row in it): dropout and noise are seeded by it, so that a resumed run, or one on
+        other hardware, draws what the unbroken one would have drawn.
         """
         torch.manual_seed(hash((self.seed, *number)) & 0x7FFF_FFFF_FFFF_FFFF)
-        with self.precision.autocast(self.lm.device):
-            nll = row_loss(self.lm, self.lm.place(row)).nll
-        if weight and nll.requires_grad:
-            self.scaler.scale(nll / weight).backward()
-        return nll.detach()
+        tree = self.lm.place(row)
+        with (
+            self.precision.autocast(self.lm.device),
+            noisy_embedding(self.lm.embedding, tree.row, self.neftune_alpha),
+        ):
+            summed = row_loss(self.lm, tree, self.objective)
+        if weight and summed.loss.requires_grad:
+            self._backward(summed.loss / weight)
+        return RowSums(summed.loss.detach(), summed.nll.detach())
 
-    def update(self, nlls: Sequence[Tensor], weight: float, step: int) -> tuple[float, float]:
-        """Clip and apply the gradient; returns the summed nll of the rows and the norm before clipping.
+    def _backward(self, loss: torch.Tensor) -> None:
+        self.scaler.scale(loss).backward()
 
-        A non-finite one is skipped and counted. Here the host waits for the device, once.
+    def update(self, rows: Sequence[RowSums], weight: float, step: int) -> StepSums:
+        """Clip and apply the gradient of the rows that were accumulated. A non-finite one is skipped and counted.
 
         Raises:
             Diverged: several steps in a row were not finite.
@@ -66,32 +107,31 @@ class Stepper:
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        *of_rows, found_norm = torch.stack([*nlls, norm.to(self.lm.device, torch.float32)]).tolist()
-        nll = sum(of_rows, 0.0)
-        loss = nll / weight if weight else 0.0
-        finite = math.isfinite(loss) and math.isfinite(found_norm)
+        sums = StepSums.read(rows, norm, self.lm.device)
+        finite = math.isfinite(sums.loss) and math.isfinite(sums.norm)
         if finite and self.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip, norm)
         if finite:
             self.scaler.step(self.optimizer)
-            self.skipped_in_a_row = 0
-        else:
-            self.skipped += 1
-            self.skipped_in_a_row += 1
         self.scaler.update()
         culprit = None if finite else self._first_bad_gradient()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.skipped_in_a_row >= MOST_SKIPPED:
-            raise Diverged(
-                f"step {step}: loss {loss} and gradient norm {found_norm} are not finite for the "
-                f"{self.skipped_in_a_row}th step in a row ({culprit or 'the loss itself'}); none of them was applied. "
-                "Lower lr, or use precision=bf16 or fp32"
-            )
-        return nll, found_norm
+        self._count(finite, sums, weight, step, culprit)
+        return sums
 
     def discard(self) -> None:
         """Forget what was accumulated, so that an interrupted step leaves no trace."""
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _count(self, finite: bool, sums: StepSums, weight: float, step: int, culprit: str | None) -> None:
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= MOST_SKIPPED:
+            raise Diverged(
+                f"step {step}: loss {sums.loss / (weight or 1.0)} and gradient norm {sums.norm} are not finite for the "
+                f"{self.skipped_in_a_row}th step in a row ({culprit or 'the loss itself'}); none of them was applied. "
+                "Lower lr, or use precision=bf16 or fp32"
+            )
 
     def _first_bad_gradient(self) -> str | None:
         for name, parameter in self.parameters.items():

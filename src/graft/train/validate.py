@@ -41,7 +41,7 @@ def validate(
     precision: Precision,
     stop: threading.Event | None = None,
 ) -> Validation:
-    """Loss and token accuracy; (nan, nan, 0) for a set without targets. No logits are kept.
+    """Loss (the plain nll, whatever is trained on) and token accuracy; (nan, nan, 0) for a set without targets.
 
     Raises:
         Stopped: `stop` was set meanwhile.
