@@ -73,8 +73,8 @@ class BackwardStepper(Stepper):
                 "optimizer_in_backward cannot be joined with fp16, which this device computes in: its scaler must see "
                 "every gradient before one is applied; set optimizer_in_backward=false or precision=fp32"
             )
-        self.squares: list[Tensor] = []
-        """Squared norms of the gradients of the step so far."""
+        self.norms: list[Tensor] = []
+        """Of the gradients of the step so far."""
         self.step = 0
         names = {id(p): name for name, p in parameters.items()}
         for part in optimizer.parts:
@@ -84,7 +84,7 @@ class BackwardStepper(Stepper):
     def accumulate(self, row: Row, number: tuple[int, int], weight: float) -> RowSums:
         """Apply the gradient of a step that is this row alone."""
         self.step = number[0] + 1
-        self.squares = []
+        self.norms = []
         return super().accumulate(row, number, weight)
 
     def _backward(self, loss: Tensor) -> None:
@@ -97,7 +97,7 @@ class BackwardStepper(Stepper):
         Raises:
             Diverged: several steps in a row were not finite.
         """
-        norm = torch.stack(self.squares).sum().sqrt() if self.squares else torch.zeros(())
+        norm = torch.linalg.vector_norm(torch.stack(self.norms)) if self.norms else torch.zeros(())
         sums = StepSums.read(rows, norm, self.lm.device)
         self._count(math.isfinite(sums.loss), sums, weight, step, None)
         return sums
@@ -105,13 +105,13 @@ class BackwardStepper(Stepper):
     def _applier(self, name: str, optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
         def apply(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            square = parameter.grad.float().square().sum()
-            if not bool(torch.isfinite(square)):
+            norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+            if not bool(torch.isfinite(norm)):
                 raise Diverged(
                     f"step {self.step}: the gradient of {name} is not finite, and optimizer_in_backward has applied "
                     "others of this step already. Lower lr, or set optimizer_in_backward=false, which skips such steps"
                 )
-            self.squares.append(square)
+            self.norms.append(norm)
             optimizer.step()
             parameter.grad = None
 
