@@ -31,7 +31,7 @@ from graft.model.attention_pick import row_step
 from graft.model.device import pick_device, pick_precision, prepare_device
 from graft.model.trees import LogitShape
 from graft.tokens.tree import build_rows, padded, segments, sharing, total_weight
-from graft.train.load import pick_computing, tree_model
+from graft.train.computing import pick_computing, tree_model
 from graft.train.loss import linear_nll
 from graft.train.optim import make_optimizer
 from graft.train.step import Stepper
@@ -156,8 +156,8 @@ def graft_step(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
         examples = examples_of(case, SHAPES[case["model"]].vocab_size, step)
         rows = lm.rows(examples, settings.row_budget)
         weight = total_weight(examples)
-        nlls = [stepper.accumulate(row, (step, number), weight) for number, row in enumerate(rows)]
-        nll, _ = stepper.update(nlls, weight, step + 1)
+        of_rows = [stepper.accumulate(row, (step, number), weight) for number, row in enumerate(rows)]
+        nll = stepper.update(of_rows, weight, step + 1).nll
         wait(device)
         seconds.append(time.perf_counter() - started)
         tokens.append(sum(len(example.ids) for example in examples))

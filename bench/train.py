@@ -166,8 +166,8 @@ class GraftSide:
         rows = self.lm.rows(examples, self.settings.row_budget)
         weight = total_weight(examples)
         set_learning_rate(self.optimizer, learning_rate(number, total, self.settings))
-        nlls = [self.stepper.accumulate(row, (number, index), weight) for index, row in enumerate(rows)]
-        nll, _ = self.stepper.update(nlls, weight, number + 1)
+        of_rows = [self.stepper.accumulate(row, (number, index), weight) for index, row in enumerate(rows)]
+        nll = self.stepper.update(of_rows, weight, number + 1).nll
         self.timed.seconds.append(time.perf_counter() - started)
         self.timed.tokens.append(sum(len(example.ids) for example in examples))
         self.losses.append(nll / weight)

@@ -343,10 +343,10 @@ def test_a_signal_in_the_middle_of_an_update_does_not_lose_or_repeat_it(base, tm
 
     def interrupt(stepper, *args):
         count.append(1)
-        norm = update(stepper, *args)
+        sums = update(stepper, *args)
         if len(count) == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return norm
+        return sums
 
     monkeypatch.setattr(Stepper, "update", interrupt)
     with pytest.raises(Interrupted, match="after step 4"):

@@ -1,4 +1,4 @@
-"""By what a run is computed: attention kernel, compiler, other kernels. Picked before any weight is loaded, said once."""
+"""By what a run is computed: attention kernel, compiler, other kernels. Picked before weights are loaded, said once."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from graft.tokens.store import ExampleStore
 from graft.tokens.tree import SHORTEST_RUN, build_rows
 from graft.train.loss import Objective
 from graft.train.optimizers import Together
-from graft.train.step import RowSums, StepSums, Stepper
+from graft.train.step import RowSums, Stepper, StepSums
 from graft.types import Row
 
 
