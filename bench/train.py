@@ -218,6 +218,7 @@ def run_peer(
     loss_type: str,
     between: Any,
     out: str,
+    checkpointing: bool = False,
 ) -> tuple[Any, Timed]:
     """TRL's own trainer over the rows in their order."""
     model = trained_model(settings, pick_precision(settings.precision, torch.device("cpu")).frozen)
@@ -225,7 +226,8 @@ def run_peer(
         set_peft_model_state_dict(model, start)
     per_step = settings.batch_size
     config = SFTConfig(
-        output_dir=out, use_cpu=True, bf16=settings.precision == "bf16", fp16=False, gradient_checkpointing=False,
+        output_dir=out, use_cpu=True, bf16=settings.precision == "bf16", fp16=False,
+        gradient_checkpointing=checkpointing,
         report_to="none",
         per_device_train_batch_size=micro, gradient_accumulation_steps=per_step // micro, max_steps=len(tokens),
         learning_rate=settings.peak_lr, lr_scheduler_type=settings.schedule,

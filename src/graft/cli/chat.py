@@ -81,7 +81,7 @@ def chat(
         from graft.use.predict import sampling_shown
 
         renderer = load_renderer(target.tokenizer, template, None, trust_remote_code)
-        loaded = load_model(target.folder, device, precision, trust_remote_code, target.base)
+        loaded = load_model(target.folder, device, precision, trust_remote_code, target.base, target.quantize)
     asked = thinking if thinking is not None else target.thinking()
     session = ChatSession(loaded.model, renderer, sampling, system, asked)
     note(f"{target.folder} on {loaded.device}, {sampling_shown(sampling)}")

@@ -126,6 +126,9 @@ class Train(Settings):
     method: Literal["lora", "full", "freeze", "peft"] = "lora"
     """LoRA, every weight, some of the weights, or another of PEFT's kinds."""
     lora: Lora = Lora()
+    quantize: Literal["none", "nf4", "int8", "int4", "fp8"] = "none"
+    """Format of the frozen weights under LoRA: `nf4` and `int8` by bitsandbytes, `int4` (CUDA) and `fp8` by torchao.
+    A base that is stored quantised keeps its own format."""
     peft: dict[str, Any] = Field(default_factory=dict)
     """For `method: peft`: `type` (VERA, IA3, OFT, LOHA, ...) and that kind's own options by PEFT's names."""
     freeze: Freeze = Freeze()
@@ -137,8 +140,18 @@ class Train(Settings):
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`, ..."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto` is bf16 where the device computes it natively, else fp16 with a scaler on CUDA, else fp32."""
+    master_weights: Literal["fp32", "stochastic"] = "fp32"
+    """Format of the weights that full fine-tuning trains: fp32, or bf16 with updates rounded by chance, which loses
+    none in the mean and takes 12 bytes per weight instead of 16."""
+    checkpointing: Literal["none", "selective", "full", "auto"] = "none"
+    """What is computed again in the backward pass instead of being kept: nothing; norms, activations and gated products
+    (same gradients to the bit, a few per cent more time); every decoder layer; `auto` takes the first that fits."""
+    checkpoint_every: int = Field(default=1, ge=1)
+    """With `checkpointing: full`, only every so many layers, counted from the first: more memory, less time."""
+    offload_activations: bool = False
+    """Move what is kept for the backward pass from the GPU to the host's memory. CUDA only."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """The older name: `true` is `checkpointing: full`."""
     attention: Literal["auto", "segments", "flex", "varlen", "dense"] = "auto"
     """Kernel of the trees' attention; the result is the same. `auto` is segments, on CUDA `varlen` for rows without
     branches and `flex` for others; `dense` writes the mask out, for checks."""
@@ -229,6 +242,31 @@ class Train(Settings):
         if self.row_tokens is None:
             return max(self.encode.max_length, 4096)
         return self.row_tokens
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_name_of_checkpointing(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("gradient_checkpointing") is True:
+            if values.get("checkpointing") == "none":
+                raise ValueError(
+                    "gradient_checkpointing: true and checkpointing: none contradict each other; leave the first out"
+                )
+            return {"checkpointing": "full", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _frozen_weights_are_not_trained(self) -> Self:
+        if self.trains_own_weights and self.quantize != "none":
+            raise ValueError(
+                f"quantize: {self.quantize} freezes the weights, method: {self.method} trains them; use method=lora, or "
+                "quantize=none"
+            )
+        if self.master_weights != "fp32" and not (self.trains_own_weights and self.optimizer == "adamw"):
+            raise ValueError(
+                f"master_weights: {self.master_weights} is for method: full or freeze with optimizer: adamw; an adapter "
+                "is small and stays in fp32, and other optimisers do not round by chance"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rows_hold_the_longest_example(self) -> Self:

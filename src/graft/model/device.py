@@ -26,7 +26,7 @@ class Precision:
     frozen: torch.dtype
     """Format of weights that are not trained."""
     trained: torch.dtype
-    """Format of weights that are trained: always fp32, since small updates round to nothing in 16 bits."""
+    """Format of weights that are trained: fp32, since small updates round to nothing in 16 bits, unless by chance."""
     compute: torch.dtype
     """Format of matrix products."""
 

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from graft.errors import InputError, first_line
 from graft.model.device import pick_device, pick_precision
+from graft.model.quantize import make_trainable, quantization_config, quiet, refuse_stored
 from graft.model.vocabulary import grow
 
 
@@ -45,10 +46,12 @@ def load_model(
     precision: str = "auto",
     trust_remote_code: bool = False,
     base: str | None = None,
+    quantize: str = "none",
 ) -> LoadedModel:
     """Load a model folder, or an adapter folder onto its base, for inference.
 
     `base` is the model that an adapter sits on; it is needed for an adapter folder and not looked at for others.
+    `quantize` is the format in which the base's weights were frozen when the adapter was trained.
 
     Raises:
         InputError: the folder is missing, incomplete, or not of a causal language model.
@@ -59,15 +62,24 @@ def load_model(
     adapter = (folder / "adapter_config.json").is_file()
     if adapter and base is None:
         raise InputError(f"{folder}: an adapter; give the model that it sits on with --base PATH")
-    plain = load_base(base if adapter and base else str(folder), dtype, trust_remote_code)
+    plain = load_base(base if adapter and base else str(folder), dtype, trust_remote_code, where, quantize)
     model: PreTrainedModel | PeftModel = load_adapter(plain, folder, trainable=False) if adapter else plain
-    nn.Module.to(model, where)
+    to_device(model, where)
     model.eval()
     return LoadedModel(model, where, dtype, folder, base if adapter else None)
 
 
-def load_base(path: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal language model on the CPU, in `dtype`.
+def load_base(
+    path: str,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    device: torch.device | None = None,
+    quantize: str = "none",
+) -> PreTrainedModel:
+    """A causal language model in `dtype`: on the CPU, or straight on a CUDA device, tensor by tensor.
+
+    The files are mapped, not read: weights that are stored in `dtype` stay the files' pages, others are converted one
+    by one, so that the process never holds the model twice. `quantize` is `none` or one of model/quantize.py's kinds.
 
     Raises:
         InputError: there is no such model, or it is not a causal language model.
@@ -75,6 +87,12 @@ def load_base(path: str, dtype: torch.dtype, trust_remote_code: bool = False) ->
     local = Path(path).exists()
     if local and not (Path(path) / "config.json").is_file():
         raise InputError(f"{path}: no config.json there; name a model folder as transformers saves it")
+    asked: dict[str, Any] = {}  # keys that are not needed are left out: a None would wipe out what config.json says
+    if device is not None and device.type == "cuda":
+        asked["device_map"] = {"": device}
+    if quantize != "none":
+        quiet(quantize)
+        asked["quantization_config"] = quantization_config(quantize, dtype)
     try:
         # What transformers reports about missing keys is checked below; its own table and bars would only repeat it.
         transformers.logging.set_verbosity_error()
@@ -85,6 +103,7 @@ def load_base(path: str, dtype: torch.dtype, trust_remote_code: bool = False) ->
             local_files_only=local,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **asked,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if "ignore_mismatched_sizes" in str(error):
@@ -95,7 +114,29 @@ def load_base(path: str, dtype: torch.dtype, trust_remote_code: bool = False) ->
         missing = sorted(report["missing_keys"])
         raise InputError(f"model {path}: {len(missing)} weights are missing from its files, for example {missing[0]}")
     assert isinstance(model, PreTrainedModel)
+    make_trainable(model)
     return model
+
+
+def to_device(model: nn.Module, device: torch.device) -> None:
+    """Move what is not there yet; quantised weights are where they were loaded."""
+    if any(parameter.device != device for parameter in model.parameters()):
+        nn.Module.to(model, device)
+
+
+def load_merged(base: str, adapter: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model with an adapter worked into its weights, for an export; always onto the unquantised base.
+
+    Merging into quantised weights would round the sum to 4 or 8 bits and lose most of a small update; the adapter of a
+    quantised base is merged onto the weights that were quantised.
+
+    Raises:
+        InputError: the base is stored quantised, or the adapter does not fit.
+    """
+    refuse_stored(base, "full", "none", trust_remote_code)
+    merged: Any = load_adapter(load_base(base, dtype, trust_remote_code), adapter, trainable=False).merge_and_unload()
+    assert isinstance(merged, PreTrainedModel)
+    return merged
 
 
 def vocabulary_size(path: str, trust_remote_code: bool = False) -> int | None:

@@ -162,7 +162,7 @@ class TreeLM:
         ids[-1] = (ids[-1] + 1) % next(self.embedding.parameters()).shape[0]
         (row,) = build_rows([replace(example, ids=ids)], 64)
         other = self.logits(TreeRow.of(row, self.device))
-        if not _difference(other, reference) <= _tolerance(reference.dtype):
+        if not _difference(other, reference) <= self._tolerance(reference.dtype):
             raise InputError(
                 f"{self.base.name_or_path}: {type(self.base).__name__} sees later tokens than it predicts, so it is no "
                 "causal language model; choose a model that generates text"
@@ -178,9 +178,14 @@ class TreeLM:
         shape = LogitShape(scale, config.get("final_logit_softcapping"))  # Gemma 2
         for single, wanted in zip(singles, reference, strict=True):
             states = self.states(single)
-            if _difference(shape_logits(self.head(states).float(), shape), wanted) > _tolerance(wanted.dtype):
+            if _difference(shape_logits(self.head(states).float(), shape), wanted) > self._tolerance(wanted.dtype):
                 return None
         return shape
+
+    def _tolerance(self, dtype: torch.dtype) -> float:
+        """Rounding of a forward pass; LLM.int8 rounds activations too, and finds outliers in whatever it is given."""
+        quantised = self.base.config.to_dict().get("quantization_config")
+        return _tolerance(torch.bfloat16 if quantised else dtype)
 
     def _compare(self, tree: TreeRow, row: Row, examples: Sequence[Example], reference: Sequence[Tensor]) -> str | None:
         """Why the logits on the tree are not those of the examples one by one; None if they are."""
@@ -200,7 +205,7 @@ class TreeLM:
             )
         by_path = _logits_by_example(row, tree, found, examples)
         worst = max(_difference(ours, wanted) for ours, wanted in zip(by_path, reference, strict=True))
-        if not worst <= _tolerance(found.dtype):
+        if not worst <= self._tolerance(found.dtype):
             return f"its logits on a tree differ from those one by one by {worst:.1e} (relative)"
         return None
 

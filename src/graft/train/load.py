@@ -20,13 +20,17 @@ from graft.errors import ConfigError, InputError
 from graft.model.adapter_start import adapter_tensors
 from graft.model.adapters import add_adapter, freeze_but
 from graft.model.device import Precision
-from graft.model.load import load_adapter, load_base
+from graft.model.load import load_adapter, load_base, to_device
+from graft.model.lora_quantized import fuse_quantized_lora
 from graft.model.peft_kinds import kind_of, mutates_base, peft_config
+from graft.model.remember import remember
 from graft.model.trees import TreeLM
 from graft.model.vocabulary import begin_as_pieces, grow, token_rows
 from graft.runs import RunFolder
 from graft.tokens.renderer import Renderer
+from graft.train.checkpointing import remember_what_fits
 from graft.train.computing import pick_computing, tree_model
+from graft.train.formats import refuse_offload, refuse_with_compiled
 from graft.train.prepare import Prepared
 
 
@@ -51,11 +55,14 @@ def load_for_training(
         InputError: a folder cannot serve.
     """
     computing = pick_computing(settings, device)
+    refuse_offload(settings, device)
+    if computing.compiled:
+        refuse_with_compiled(settings)
     start = checkpoint or (weights_folder(settings.init_from) if settings.init_from else None)
     model: PreTrainedModel | PeftModel
     began: Mapping[str, Tensor] | None = None
     if settings.trains_own_weights:
-        model = load_base(str(start or settings.model), precision.trained, settings.trust_remote_code)
+        model = load_base(str(start or settings.model), precision.trained, settings.trust_remote_code, device)
         _add_tokens(model, prepared.renderer, fresh=start is None or not _has_tokens(start, prepared.renderer))
         if settings.method == "freeze":
             freeze_but(model, settings.freeze)
@@ -64,11 +71,11 @@ def load_for_training(
             model.requires_grad_(True)
         final_dtype = stored_dtype(settings.model)
     else:
-        base = load_base(settings.model, precision.frozen, settings.trust_remote_code)
+        base = load_base(
+            settings.model, precision.frozen, settings.trust_remote_code, device, quantize=settings.quantize
+        )
         final_dtype = base.dtype
         _add_tokens(base, prepared.renderer, fresh=True)
-        if settings.gradient_checkpointing:
-            base.enable_input_require_grads()  # the first layer's inputs need a gradient, or nothing is recomputed
         config = _with_new_tokens(peft_config(settings), base, prepared.renderer)
         if settings.init_from is None and mutates_base(config):
             # A checkpoint's adapter is for the base as others have it; ours has lost what the adapter began as.
@@ -80,10 +87,17 @@ def load_for_training(
             model = add_adapter(base, config, settings.seed, _samples(prepared, settings))
         if start and start is not checkpoint:
             _say_other_shape(model, settings)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    nn.Module.to(model, device)
-    return Ready(tree_model(model, settings, computing), final_dtype, began)
+    to_device(model, device)
+    fuse_quantized_lora(model)
+    every, offload = settings.checkpoint_every, settings.offload_activations
+    if settings.checkpointing == "full":
+        remember(model, "full", every)  # before the layers are compiled, which reads it
+    lm = tree_model(model, settings, computing)
+    if settings.checkpointing == "auto":
+        remember_what_fits(lm, precision, settings.row_budget, every, offload)
+    elif settings.checkpointing == "selective" or offload:
+        remember(model, "selective" if settings.checkpointing == "selective" else "none", every, offload)
+    return Ready(lm, final_dtype, began)
 
 
 def _add_tokens(model: PreTrainedModel, renderer: Renderer, fresh: bool) -> None:

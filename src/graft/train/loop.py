@@ -39,6 +39,7 @@ from graft.train.checkpoint import (
     save_checkpoint,
 )
 from graft.train.environment import describe_environment
+from graft.train.formats import refuse_base, trained_in
 from graft.train.in_backward import refuse_steps_of_several_rows
 from graft.train.load import check_context, load_for_training, longest_example
 from graft.train.optim import (
@@ -62,6 +63,7 @@ def train(settings: Train) -> RunFolder:
         GraftError: the settings, data or model cannot serve, the run diverged, or was interrupted (all saved).
     """
     check_tuning(settings)
+    refuse_base(settings)
     settings, run = open_run(settings)
     prepared = prepare(settings, run)
     if settings.optimizer_in_backward:
@@ -155,7 +157,7 @@ class Fit:
         self.total_steps = prepared.plan.total_steps
         device = pick_device(settings.device)
         prepare_device(device)
-        self.precision = pick_precision(settings.precision, device)
+        self.precision = trained_in(settings, pick_precision(settings.precision, device))
         checkpoint = newest_checkpoint(run) if settings.resume else None
         ready = load_for_training(settings, self.precision, device, checkpoint, prepared)
         self.lm, self.final_dtype, self.start = ready.lm, ready.final_dtype, ready.start

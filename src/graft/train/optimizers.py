@@ -19,6 +19,7 @@ from torch import nn
 from graft.config.base import did_you_mean
 from graft.config.train import Train
 from graft.errors import ConfigError, first_line
+from graft.train.rounding import RoundingAdamW
 
 Group = dict[str, Any]
 Maker = Callable[[list[Group], Train], torch.optim.Optimizer]
@@ -68,6 +69,8 @@ def _adam(settings: Train) -> dict[str, Any]:
 
 def _adamw(groups: list[Group], settings: Train) -> torch.optim.Optimizer:
     """Loshchilov & Hutter 2019, arXiv:1711.05101."""
+    if settings.master_weights == "stochastic":
+        return RoundingAdamW(groups, **_adam(settings), **settings.optimizer_options)
     return torch.optim.AdamW(groups, **{"fused": True, **_adam(settings), **settings.optimizer_options})
 
 

@@ -166,7 +166,8 @@ def _made_of(
     decides = settings.model_dump(
         mode="json",
         include={
-            "method", "lora", "peft", "freeze", "new_tokens", "precision", "batch_size", "epochs", "max_steps", "seed",
+            "method", "lora", "peft", "freeze", "new_tokens", "quantize", "master_weights", "precision", "batch_size",
+            "epochs", "max_steps", "seed",
             "lr", "lr_patterns", "schedule", "decay", "power", "warmup", "min_lr_ratio", "weight_decay", "optimizer",
             "optimizer_options", "optimizer_in_backward", "beta1", "beta2", "eps", "clip", "loss", "label_smoothing",
             "neftune_alpha", "ema",

@@ -65,7 +65,7 @@ def open_engine(name: EngineName, target: Target, device: str, precision: str, t
     from graft.model.load import load_model
     from graft.model.trees import TreeLM
 
-    loaded = load_model(target.folder, device, precision, trust_remote_code, target.base)
+    loaded = load_model(target.folder, device, precision, trust_remote_code, target.base, target.quantize)
     return LoadedEngine(TreeLM(loaded.model))
 
 

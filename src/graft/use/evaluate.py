@@ -204,7 +204,9 @@ def _open(target: Target, options: Options) -> _Opened:
     from graft.model.load import load_model
     from graft.model.trees import TreeLM
 
-    loaded = load_model(target.folder, options.device, options.precision, options.trust_remote_code, target.base)
+    loaded = load_model(
+        target.folder, options.device, options.precision, options.trust_remote_code, target.base, target.quantize
+    )
     lm = TreeLM(loaded.model)
     return _Opened(target.folder, loaded, lm, LoadedEngine(lm), options.precision)
 

@@ -49,6 +49,12 @@ class Target:
         """
         return load_train(self.run.config) if self.run is not None else None
 
+    @property
+    def quantize(self) -> str:
+        """The format in which the base's weights were frozen when the run trained its adapter."""
+        settings = self.run_settings()
+        return settings.quantize if settings is not None else "none"
+
     def encode_settings(self) -> Encode:
         """How the model's conversations become ids: as in its run; else from its own template, without a limit."""
         settings = self.run_settings()
