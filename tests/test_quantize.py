@@ -227,3 +227,8 @@ def test_a_base_stored_in_nf4_is_trained_as_it_is(folder, tmp_path):
 @pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
 def test_on_a_gpu_every_kind_has_right_numbers(kind):
     check_quantize(kind, torch.device("cuda"), torch.bfloat16)
+
+
+def test_an_adapter_that_changes_the_base_needs_one_that_can_be_changed(folder, tmp_path):
+    with pytest.raises(ConfigError, match="init_lora_weights: pissa, which subtracts"):
+        train(settings_for(folder, tmp_path, "quantize=nf4", "lora.init_lora_weights=pissa"))

@@ -258,13 +258,13 @@ class Train(Settings):
     def _frozen_weights_are_not_trained(self) -> Self:
         if self.trains_own_weights and self.quantize != "none":
             raise ValueError(
-                f"quantize: {self.quantize} freezes the weights, method: {self.method} trains them; use method=lora, or "
+                f"quantize: {self.quantize} freezes the weights, method: {self.method} trains them; use method=lora or "
                 "quantize=none"
             )
         if self.master_weights != "fp32" and not (self.trains_own_weights and self.optimizer == "adamw"):
             raise ValueError(
-                f"master_weights: {self.master_weights} is for method: full or freeze with optimizer: adamw; an adapter "
-                "is small and stays in fp32, and other optimisers do not round by chance"
+                f"master_weights: {self.master_weights} is for method: full or freeze with optimizer: adamw; adapters "
+                "are small and stay in fp32, and other optimisers do not round by chance"
             )
         return self
 

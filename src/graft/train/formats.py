@@ -31,8 +31,8 @@ def refuse_base(settings: Train) -> None:
         return
     if mutates_base(peft_config(settings)):
         raise ConfigError(
-            f"quantize: {settings.quantize} with lora.init_lora_weights: {settings.lora.init_lora_weights}, which begins "
-            "by subtracting a part of the weights, and there is none to be had of quantised ones; leave one of them out"
+            f"quantize: {settings.quantize} with lora.init_lora_weights: {settings.lora.init_lora_weights}, which "
+            "subtracts a part of the weights from them, as quantised ones cannot be; leave one of them out"
         )
     device = pick_device(settings.device)
     check_quantize(settings.quantize, device, pick_precision(settings.precision, device).compute)
