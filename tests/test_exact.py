@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from tiny import ON_TREES, ONE_PER_ROW, branching_examples, make_model
+from tiny import BY_MASKS, GROUPED, ON_TREES, ONE_PER_ROW, branching_examples, make_model
+from transformers import Phi3Config
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from graft.config.train import Lora
 from graft.model.adapters import add_lora
-from graft.model.attention import DENSE, SEGMENTS, TreeRow
+from graft.model.attention import DENSE, SEGMENTS, RowMissing, TreeRow
+from graft.model.row_mask import RowMask
 from graft.model.trees import TreeLM
 from graft.tokens.tree import build_rows, total_weight
 from graft.train.loss import row_loss
@@ -51,24 +54,27 @@ def assert_equal_numbers(found, wanted) -> None:
             assert error < 1e-5, f"{name}: relative L2 error {error:.1e}"
 
 
-@pytest.mark.parametrize("family", ON_TREES)
+@pytest.mark.parametrize("family", ON_TREES | BY_MASKS)
 def test_a_tree_equals_one_by_one_for_loss_and_every_gradient(family):
     examples = branching_examples()
-    model = make_model(ON_TREES[family])
+    model = make_model((ON_TREES | BY_MASKS)[family])
     wanted = one_by_one(model, examples)
     lm = TreeLM(model)
     assert lm.why_not is None
+    assert lm.row_in_masks == (family in BY_MASKS)
     for row_tokens, least_rows in ((512, 1), (40, 2), (29, 3)):
         found = in_rows(lm, examples, row_tokens)
         assert found[2] >= least_rows
         assert_equal_numbers(found, wanted)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral-window", "bloom", "gemma2-window-softcap", "gpt-oss-sinks"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral-window", "bloom", "gemma2-window-softcap", "gpt-oss-sinks", "llama4-chunks"]
+)
 def test_segments_equal_the_dense_mask(family):
     examples = branching_examples(seed=5)
-    dense = in_rows(TreeLM(make_model(ON_TREES[family]), DENSE), examples, 512)
-    found = in_rows(TreeLM(make_model(ON_TREES[family]), SEGMENTS), examples, 512)
+    dense = in_rows(TreeLM(make_model((ON_TREES | BY_MASKS)[family]), DENSE), examples, 512)
+    found = in_rows(TreeLM(make_model((ON_TREES | BY_MASKS)[family]), SEGMENTS), examples, 512)
     assert_equal_numbers(found, dense[:2])
 
 
@@ -147,10 +153,60 @@ def test_the_checker_sees_a_wrong_mask():
     assert abs(loss - wanted[0]) > 1e-3
 
 
-def test_the_probe_refuses_a_model_that_loses_the_row_or_the_window():
+def test_a_window_that_stands_in_the_mask_alone_reaches_the_attention():
+    examples = branching_examples()
     model = make_model(ON_TREES["gemma2-window-softcap"])
+    wanted = one_by_one(model, examples)
     for layer in model.model.layers:
-        layer.self_attn.sliding_window = None  # the window now stands in the mask alone
+        layer.self_attn.sliding_window = None
     lm = TreeLM(model)
-    assert not lm.on_trees
-    assert "windows of [7]" in (lm.why_not or "")
+    assert lm.on_trees
+    assert lm.row_in_masks
+    assert_equal_numbers(in_rows(lm, examples, 512), wanted)
+    lm.row_in_masks = False  # by argument alone the window would be lost
+    assert abs(in_rows(lm, examples, 512)[0] - wanted[0]) > 1e-4
+
+
+def test_a_row_carried_by_masks_survives_gradient_checkpointing():
+    examples = branching_examples()
+    model = make_model(BY_MASKS["stablelm-drops-arguments"])
+    wanted = one_by_one(model, examples)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    lm = TreeLM(model.train())
+    assert lm.row_in_masks
+    assert_equal_numbers(in_rows(lm, examples, 40), wanted)
+
+
+def test_an_attention_that_asks_for_more_than_a_row_says_is_refused():
+    """Whatever the probe's numbers are: picked keys, a bias or a changed mask may tell only in longer rows."""
+    (row,) = build_rows(branching_examples(), 512)
+    tree = TreeRow.of(row, torch.device("cpu"))
+    mask = RowMask.of(tree)
+    attention = ALL_ATTENTION_FUNCTIONS[SEGMENTS]
+    qkv = [torch.randn(1, 2, len(row), 8) for _ in range(3)]
+    plain, _ = attention(torch.nn.Identity(), *qkv, mask)
+    by_argument, _ = attention(torch.nn.Identity(), *qkv, None, row=tree)
+    assert torch.equal(plain, by_argument)
+    assert mask[:, :, :, : len(row)].row is tree
+    with pytest.raises(RowMissing, match="asks its attention for position_bias"):
+        attention(torch.nn.Identity(), *qkv, mask, position_bias=torch.zeros(1))
+    with pytest.raises(RowMissing, match="mask of its own"):
+        attention(torch.nn.Identity(), *qkv, mask + 1)
+    with pytest.raises(RowMissing, match="does not hand the row on"):
+        attention(torch.nn.Identity(), *qkv, None)
+    with pytest.raises(RowMissing, match="attends to"):
+        attention(torch.nn.Identity(), qkv[0][:, :, :5], *qkv[1:], mask)
+
+
+def test_examples_on_both_sides_of_longrope_are_not_in_one_row():
+    examples = branching_examples()
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    config = Phi3Config(rope_parameters=rope, original_max_position_embeddings=24, **GROUPED)
+    assert {len(example.ids) > 24 for example in examples} == {True, False}
+    model = make_model(config)
+    wanted = one_by_one(model, examples)
+    lm = TreeLM(model)
+    assert lm.why_not is None
+    found = in_rows(lm, examples, 512)
+    assert found[2] == 2
+    assert_equal_numbers(found, wanted)

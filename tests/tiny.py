@@ -12,9 +12,11 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GPTJConfig,
     GPTNeoXConfig,
     GptOssConfig,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -58,9 +60,21 @@ ON_TREES = {
     "cohere-logit-scale": CohereConfig(**GROUPED),
     "granite-logit-scale": GraniteConfig(logits_scaling=3.0, **GROUPED),
 }
+BY_MASKS = {
+    # on trees too, but the row reaches their attention with the mask; generation takes padded batches
+    "stablelm-drops-arguments": StableLmConfig(**GROUPED),
+    "llama4-chunks": Llama4TextConfig(
+        head_dim=8,
+        attention_chunk_size=8,
+        num_local_experts=4,
+        intermediate_size_mlp=48,
+        attn_temperature_tuning=False,
+        **GROUPED,
+    ),
+}
 ONE_PER_ROW = {
     "rwkv": RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32),
-    "stablelm": StableLmConfig(**GROUPED),
+    "gptj": GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, rotary_dim=8),
 }
 
 

@@ -37,6 +37,12 @@ class Interrupted(GraftError):
     exit_code = 5
 
 
+def said(error: Exception) -> str:
+    """Another library's error for the user; with its class where it was not meant for one."""
+    plain = isinstance(error, OSError | ValueError | ImportError | RuntimeError)
+    return first_line(error) if plain else f"{type(error).__name__}: {first_line(error)}"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's error; its class where it says nothing."""
     lines = str(error).strip().splitlines()

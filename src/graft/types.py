@@ -111,6 +111,8 @@ class Row:
     """[N] exclusive end of the node's subtree."""
     weight: FloatArray
     """[N] sum, over the examples that pass through the node, of its loss weight as a target."""
+    multiplicity: IntArray
+    """[N] number of examples that pass through the node."""
     conversations: tuple[str, ...] = ()
     """Ids of the conversations whose examples are in the row, in order of first appearance."""
 

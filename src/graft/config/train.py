@@ -150,6 +150,8 @@ class Train(Settings):
     """With `checkpointing: full`, only every so many layers, counted from the first: more memory, less time."""
     offload_activations: bool = False
     """Move what is kept for the backward pass from the GPU to the host's memory. CUDA only."""
+    router_aux_loss: Literal["auto"] | Annotated[float, Field(gt=0)] | None = None
+    """Mixture of experts: add the load-balancing loss times this; `auto` takes the model's own coefficient."""
     gradient_checkpointing: bool = False
     """The older name: `true` is `checkpointing: full`."""
     attention: Literal["auto", "segments", "flex", "varlen", "dense"] = "auto"

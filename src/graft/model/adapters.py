@@ -14,6 +14,7 @@ from graft.config.train import Freeze, Lora
 from graft.errors import ConfigError, first_line
 from graft.model.adapter_start import covariances, learn_start
 from graft.model.peft_kinds import kind_of, lora_config
+from graft.model.unreached import not_plainly_linear
 
 
 def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
@@ -30,6 +31,8 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int, samples: 
         ConfigError: no module has one of the wanted names, or the kind does not fit this model; says which linear
             layers there are.
     """
+    if isinstance(config, LoraConfig) and config.target_modules == "all-linear" and not config.exclude_modules:
+        config.exclude_modules = not_plainly_linear(model) or None
     torch.manual_seed(seed)
     try:
         if isinstance(config, LoraConfig) and config.init_lora_weights == "corda":

@@ -4,15 +4,14 @@ Shapes: B = 1 row, H query heads, K key heads (H is a multiple of K), N nodes, n
 ancestors, D head size.
 
 A model is given `row=TreeRow(...)` as an extra keyword argument; transformers hands it on, unchanged, to the attention
-function registered here. No mask tensor is ever built for a whole row by the `graft_segments` backend; the
-`graft_dense` backend writes the N x N mask out and is the reference that tests compare with.
+function registered here. Where an architecture drops it, the row comes with the mask (`row_mask`). No mask tensor is
+ever built for a whole row by the `graft_segments` backend; the `graft_dense` backend writes the N x N mask out and is
+the reference that tests compare with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from graft.model.device import send
+from graft.model.row_mask import Form, RowMask, mask_function
 from graft.tokens.tree import Segments, segments, targets, visible
 from graft.types import Row
 
@@ -35,7 +35,7 @@ FASTER_IN_16_BITS = 300
 
 
 class RowMissing(RuntimeError):
-    """A model's attention was called without the row: the architecture does not hand extra arguments on."""
+    """A model's attention was called without the row, or for something that a row does not describe."""
 
 
 @dataclass(slots=True)
@@ -55,9 +55,11 @@ class TreeRow:
     """[M] int64: the token that each predictor must predict."""
     weights: Tensor
     """[M] float32."""
+    multiplicity: Tensor
+    """[N] float32: number of examples that pass through each node."""
     segments: Segments
     windows: set[int] = field(default_factory=set)
-    """Sliding windows that the attention function was asked for, in tokens."""
+    """Sliding windows and chunks that the attention function was asked for, in tokens."""
     calls: int = 0
     """How often the attention function was reached."""
     scores: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
@@ -81,6 +83,7 @@ class TreeRow:
             asked=tensor(np.unique(row.parent[nodes])).long(),
             labels=tensor(row.ids[nodes]).long(),
             weights=tensor(row.weight[nodes]),
+            multiplicity=tensor(row.multiplicity).float(),
             segments=segments(row),
         )
 
@@ -100,6 +103,8 @@ class Shape:
     slopes: Tensor | None = None
     """[H] ALiBi: slope * depth of the key is added to each score (Press et al. 2021, arXiv:2108.12409)."""
     dropout: float = 0.0
+    chunk: int | None = None
+    """A query sees keys of its own chunk of so many depths (Llama 4)."""
 
     @property
     def plain(self) -> bool:
@@ -153,11 +158,13 @@ def _attend_written_out(query: Tensor, key: Tensor, value: Tensor, shape: Shape,
 def added_to_scores(n: int, m: int, shape: Shape, like: Tensor, first: int = 0) -> Tensor:
     """[H or 1, n, m] for n queries at the end of a path of m keys, the first of which is at depth `first`.
 
-    -inf where a key is later than the query or outside the window, else 0, or the ALiBi bias.
+    -inf where a key is later than the query or outside its window or chunk, else 0, or the ALiBi bias.
     """
     query, key = (torch.arange(start, m, device=like.device) for start in (m - n, 0))
     distance = query[:, None] - key[None, :]
     unseen = distance < 0 if shape.window is None else (distance < 0) | (distance >= shape.window)
+    if shape.chunk is not None:
+        unseen |= ((query + first) // shape.chunk)[:, None] != ((key + first) // shape.chunk)[None, :]
     if shape.slopes is None:
         return torch.zeros(1, n, m, dtype=like.dtype, device=like.device).masked_fill_(unseen, -torch.inf)
     bias = shape.slopes[:, None, None].to(like.device) * (key + first)
@@ -177,7 +184,8 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow, 
         path, first = _path_in_window(cut, index, shape.window)
         q, k, v = queries[index], _joined(keys, path), _joined(values, path)
         seen = k.shape[2]
-        masked = shape.slopes is not None or (shape.window is not None and seen > shape.window)
+        reach = min((size for size in (shape.window, shape.chunk) if size is not None), default=seen)
+        masked = shape.slopes is not None or seen > reach
         causal = not masked and size > 1 and (seen == size or offset < size)
         if causal and seen > size:
             # The ancestors' queries go along and their results are dropped: the causal kernel leaves out half of the
@@ -185,7 +193,7 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow, 
             q = _joined(queries, path)
         added = None
         if masked or (not causal and size > 1):  # one query sees its whole path
-            form = (size, seen, first, shape.window, shape.slopes is not None, q.dtype)
+            form = (size, seen, first, shape.window, shape.chunk, shape.slopes is not None, q.dtype)
             if form not in tree.scores:
                 tree.scores[form] = added_to_scores(size, seen, shape, q, first)
             added = tree.scores[form]
@@ -215,6 +223,8 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow, sh
     depth = tree.depth[0]
     if shape.window is not None:
         seen &= depth[:, None] - depth[None, :] < shape.window
+    if shape.chunk is not None:
+        seen &= depth[:, None] // shape.chunk == depth[None, :] // shape.chunk
     bias = torch.zeros(1, 1, 1) if shape.slopes is None else shape.slopes[:, None, None].cpu() * depth.float().cpu()
     added = bias.to(query).expand(-1, len(depth), len(depth)).masked_fill(~seen, -torch.inf)
     return attend(query, key, value, shape, False, added)
@@ -228,7 +238,7 @@ def register(name: str, compute: Compute) -> None:
     """Make a backend known: to `BACKENDS`, and to the models of transformers under the same name."""
     BACKENDS[name] = compute
     AttentionInterface.register(name, _for_transformers(compute))
-    AttentionMaskInterface.register(name, _no_mask)
+    AttentionMaskInterface.register(name, mask_function)
 
 
 def _for_transformers(compute: Compute) -> Any:
@@ -244,41 +254,59 @@ def _for_transformers(compute: Compute) -> Any:
         softcap: float | None = None,
         s_aux: Tensor | None = None,
         row: TreeRow | None = None,
-        **_others: Any,  # transformers hands on whatever the model was called with
+        **others: Any,  # transformers hands on whatever the model was called with
     ) -> tuple[Tensor, None]:
-        if row is None:
-            raise RowMissing(f"{type(module).__name__} does not hand the row on to its attention")
+        row, form = _row_of(module, row, attention_mask)
+        _refuse_what_a_row_is_not(module, query, key, others)
+        window = min((size for size in (sliding_window, form.window) if size is not None), default=None)
         row.calls += 1
-        if sliding_window is not None:
-            row.windows.add(sliding_window)
-        shape = Shape(scaling, sliding_window, softcap, s_aux, dropout=dropout)
+        row.windows |= {size for size in (window, form.chunk) if size is not None}
+        shape = Shape(scaling, window, softcap, s_aux, dropout=dropout, chunk=form.chunk)
         return compute(query, key, value, row, shape).transpose(1, 2).contiguous(), None
 
     return attention
 
 
-_windows_of_masks: ContextVar[set[int] | None] = ContextVar("windows_of_masks", default=None)
+def _row_of(module: nn.Module, row: TreeRow | None, mask: Tensor | None) -> tuple[TreeRow, Form]:
+    """The row and the mask's form, from the argument or the mask.
 
-
-@contextmanager
-def watch_masks() -> Iterator[set[int]]:
-    """Collect the window sizes of the masks that a model asks for.
-
-    A model that expresses a sliding window only through its mask would lose it here, where no mask is built; comparing
-    these sizes with those that reached the attention function shows it.
+    Raises:
+        RowMissing: neither has one, or the mask is the architecture's own.
     """
-    windows: set[int] = set()
-    token = _windows_of_masks.set(windows)
-    try:
-        yield windows
-    finally:
-        _windows_of_masks.reset(token)
+    if isinstance(mask, RowMask) and isinstance(mask.row, TreeRow):
+        return mask.row, mask.form
+    if mask is not None:
+        raise RowMissing(f"{type(module).__name__} makes a mask of its own")
+    if row is None:
+        raise RowMissing(f"{type(module).__name__} does not hand the row on to its attention")
+    return row, Form()
 
 
-def _no_mask(*_args: Any, local_size: int | None = None, **_others: Any) -> None:
-    windows = _windows_of_masks.get()
-    if windows is not None and local_size is not None:
-        windows.add(local_size)
+CHANGES_NOTHING = frozenset(
+    {
+        "position_ids",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "logits_to_keep",
+    }
+)
+"""Arguments that attention functions are called with and whose value a row's attention need not know."""
+
+
+def _refuse_what_a_row_is_not(module: nn.Module, query: Tensor, key: Tensor, others: dict[str, Any]) -> None:
+    """An option that is not understood may change what is attended to, perhaps only in longer rows than the probe's.
+
+    Raises:
+        RowMissing: there is such an option, or there are other keys than the row's nodes.
+    """
+    unknown = sorted(name for name, value in others.items() if value is not None and name not in CHANGES_NOTHING)
+    if unknown:
+        raise RowMissing(f"{type(module).__name__} asks its attention for {', '.join(unknown)}")
+    if query.shape[2] != key.shape[2]:
+        raise RowMissing(f"{type(module).__name__} attends to {key.shape[2]} keys from {query.shape[2]} tokens")
 
 
 register(SEGMENTS, segment_attention)

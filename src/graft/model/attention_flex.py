@@ -128,6 +128,8 @@ def flex_refuses(query: Tensor, shape: Shape) -> str | None:
     """Why FlexAttention cannot compute this; None if it can."""
     if shape.dropout:
         return "it has no dropout"
+    if shape.chunk is not None:
+        return "its block mask knows no chunks"
     if query.device.type != "cpu" and query.shape[-1] < LEAST_HEAD_SIZE:
         return f"heads of {query.shape[-1]} features are narrower than {LEAST_HEAD_SIZE}"
     return None

@@ -49,8 +49,8 @@ def varlen_refuses(query: Tensor, tree: TreeRow, shape: Shape) -> str | None:
         return f"it computes in 16 bits, not in {dtype}"
     if query.shape[-1] % 8 or query.shape[-1] > MOST_HEAD_SIZE:
         return f"heads of {query.shape[-1]} features are not a multiple of 8 up to {MOST_HEAD_SIZE}"
-    if shape.dropout or not shape.plain or shape.slopes is not None:
-        return "it has no dropout, soft cap, sinks or ALiBi"
+    if shape.dropout or not shape.plain or shape.slopes is not None or shape.chunk is not None:
+        return "it has no dropout, soft cap, sinks, ALiBi or chunks"
     return None if sequences(tree) is not None else "a tree of the row branches"
 
 

@@ -15,19 +15,7 @@ from transformers.models.bloom.modeling_bloom import BloomAttention, BloomForCau
 
 from graft.model.attention import BACKENDS, Shape, TreeRow
 from graft.model.kept import NextRow, PromptRow
-
-
-class RowMask(Tensor):
-    """A 4-D mask that masks nothing and carries the row: the one argument that Bloom hands on untouched."""
-
-    row: TreeRow | PromptRow | NextRow
-
-    @classmethod
-    def of(cls, row: TreeRow | PromptRow | NextRow) -> RowMask:
-        """A mask on the row's device."""
-        mask = torch.zeros(1, 1, 1, 1, device=row.ids.device).as_subclass(cls)
-        mask.row = row
-        return mask
+from graft.model.row_mask import RowMask
 
 
 def alibi_slopes(heads: int) -> Tensor:

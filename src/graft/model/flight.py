@@ -23,12 +23,12 @@ from transformers.models.bloom.modeling_bloom import BloomForCausalLM
 from graft.config.train import Sampling
 from graft.console import warn_once
 from graft.errors import InputError
-from graft.model import bloom
 from graft.model.attention import TreeRow
 from graft.model.device import out_of_memory
 from graft.model.kept import Kept, NextRow, PromptRow
 from graft.model.pick import Picker
 from graft.model.room import Budget, Generated, new_tokens_allowed
+from graft.model.row_mask import RowMask
 from graft.model.trees import TreeLM, shape_logits
 from graft.tokens.prefixes import Group, group_prompts
 from graft.tokens.tree import SHORTEST_RUN, rows_with_paths
@@ -203,7 +203,7 @@ class _Flight:
         lm = self.lm
         module = lm.base if lm.logit_shape is None else lm.decoder
         if isinstance(lm.base, BloomForCausalLM):
-            out = module(input_ids=row.ids, attention_mask=bloom.RowMask.of(row), use_cache=False)
+            out = module(input_ids=row.ids, attention_mask=RowMask.of(row), use_cache=False)
         else:
             out = module(input_ids=row.ids, position_ids=row.positions, row=row, use_cache=False)
         found: Tensor = out.logits[0] if lm.logit_shape is None else out.last_hidden_state[0]

@@ -131,7 +131,7 @@ def generate_in_batches(
     different = list(equal)
     places = list(range(len(different)))
     work: list[tuple[list[int], Iterator[list[tuple[int, Generated]]]]] = []
-    if lm is not None and lm.on_trees and sampling.num_beams == 1:
+    if lm is not None and lm.on_trees and not lm.row_in_masks and sampling.num_beams == 1:
         here = [place for place in places if not _alone(model, len(different[place]), sampling)]
         places = sorted(set(places) - set(here))
         work.append((here, _on_trees(lm, [different[place] for place in here], stop_ids, sampling)))

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from graft.errors import InputError, first_line
+from graft.errors import InputError, first_line, said
 from graft.model.device import pick_device, pick_precision
 from graft.model.quantize import make_trainable, quantization_config, quiet, refuse_stored
 from graft.model.vocabulary import grow
@@ -105,10 +105,10 @@ def load_base(
             output_loading_info=True,
             **asked,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # a broken or foreign config fails anywhere in a modelling file
         if "ignore_mismatched_sizes" in str(error):
             raise InputError(f"model {path}: its weights have other shapes than its config.json says") from None
-        raise InputError(f"model {path}: cannot be loaded: {first_line(error)}") from None
+        raise InputError(f"model {path}: cannot be loaded: {said(error)}") from None
     model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])

@@ -69,9 +69,17 @@ class FusedLinear(Linear):
             return result
         dropped = self.lora_dropout[self.active_adapters[0]](x) if self.drops else None
         fused: Tensor = _LoraProduct.apply(  # type: ignore[no-untyped-call]
-            x, dropped, layer.weight, layer.bias, layer.down, layer.up, layer.scaling, dtype
+            x.flatten(0, -2),
+            None if dropped is None else dropped.flatten(0, -2),
+            layer.weight,
+            layer.bias,
+            layer.down,
+            layer.up,
+            layer.scaling,
+            dtype,
         )
-        return fused
+        # Given its shape out here: some models change a layer's output in place, which a view made within forbids.
+        return fused.view(*x.shape[:-1], -1)
 
 
 def weights_of(layer: nn.Module) -> Weights | None:
@@ -113,7 +121,7 @@ class _LoraProduct(torch.autograd.Function):
         else:
             y = product(flat, Weights(layer.weight, layer.bias))
             y.addmm_(dropped.to(dtype).flatten(0, -2) @ down.to(dtype).T, up.to(dtype).T, alpha=scaling)
-        return y.view(*x.shape[:-1], -1)
+        return y
 
     @staticmethod
     @once_differentiable

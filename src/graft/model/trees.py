@@ -5,7 +5,8 @@ Shapes: N nodes, M predictors (parents of targets), d hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,17 +17,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.bloom.modeling_bloom import BloomForCausalLM
 
-from graft.errors import InputError
+from graft.errors import InputError, said
 from graft.model import bloom
 from graft.model.adapters import plain
-from graft.model.attention import SEGMENTS, RowMissing, TreeRow, watch_masks
+from graft.model.attention import SEGMENTS, RowMissing, TreeRow
 from graft.model.last_layer import LastLayer
 from graft.model.lora import fuse_lora
 from graft.model.mlp import fuse_mlps
 from graft.model.norm import fuse_norms
 from graft.model.rotary import fuse_rotary
+from graft.model.row_mask import RowMask, carried_by_masks, watch_masks
 from graft.tokens.tree import SHORTEST_RUN, build_rows, padded
 from graft.types import Example, Row
+
+FOREIGN_ERRORS = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError)
+"""What modelling code raises when it is called in a way that it does not expect."""
+
+
+LAYERS_WITH_STATE = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
+"""What transformers calls layers that mix a token with the ones before it other than by attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +86,7 @@ class TreeLM:
         self.row_step = row_step
         self.backend_failed: str | None = None
         self.on_trees = False
+        self.row_in_masks = False
         self.why_not: str | None = "trees are switched off" if not trees else None
         self.logit_shape: LogitShape | None = None
         training = model.training
@@ -102,12 +112,29 @@ class TreeLM:
 
     def logits(self, tree: TreeRow) -> Tensor:
         """[M, V] logits of the predictors by the model's own forward, whatever it does after its decoder."""
-        logits: Tensor = self._run(self.base, tree).logits[0]
+        logits: Tensor = self.output(tree).logits[0]
         return logits.index_select(0, tree.predictors)
 
+    def output(self, tree: TreeRow) -> Any:
+        """What the model itself returns for a row, as transformers names it."""
+        return self._run(self.base, tree)
+
     def rows(self, examples: Sequence[Example], row_tokens: int) -> list[Row]:
-        """The rows in which this model computes these examples."""
-        return build_rows(examples, row_tokens, share=self.on_trees, shortest_run=SHORTEST_RUN)
+        """The rows in which this model computes these examples.
+
+        Where positions turn otherwise once a sequence is longer than some length, longer and shorter examples are
+        never in one row: the model decides by the largest position of a forward pass.
+        """
+        longest = turning_length(self.base.config.to_dict())
+        groups: list[Sequence[Example]] = [examples]
+        if longest is not None:
+            groups = [[e for e in examples if (len(e.ids) > longest) == longer] for longer in (False, True)]
+        return [
+            row
+            for group in groups
+            if group
+            for row in build_rows(group, row_tokens, share=self.on_trees, shortest_run=SHORTEST_RUN)
+        ]
 
     def place(self, row: Row) -> TreeRow:
         """The row on the model's device, as it is computed there."""
@@ -119,14 +146,23 @@ class TreeLM:
         if not self.on_trees:
             return module(input_ids=tree.ids, use_cache=False)
         if isinstance(self.base, BloomForCausalLM):
-            return module(input_ids=tree.ids, attention_mask=bloom.RowMask.of(tree), use_cache=False)
+            return module(input_ids=tree.ids, attention_mask=RowMask.of(tree), use_cache=False)
+        if self.row_in_masks:
+            # Ones for every node: without a mask, transformers would look for packed sequences in the position ids.
+            with carried_by_masks(tree):
+                return module(
+                    input_ids=tree.ids,
+                    attention_mask=torch.ones_like(tree.ids),
+                    position_ids=tree.depth,
+                    use_cache=False,
+                )
         return module(input_ids=tree.ids, position_ids=tree.depth, row=tree, use_cache=False)
 
     def _probe(self, backend: str) -> None:
         examples = _probe_examples(next(self.embedding.parameters()).shape[0])
         own = self.base.config._attn_implementation
         singles = [TreeRow.of(row, self.device) for row in build_rows(examples, 64, share=False)]
-        reference = [self.logits(single) for single in singles]
+        reference = [self._logits_by_itself(single) for single in singles]
         self._refuse_if_not_causal(examples[0], reference[0])
         self.logit_shape = self._find_logit_shape(singles, reference)
         if self.why_not is not None:
@@ -138,19 +174,40 @@ class TreeLM:
                 bloom.install(self.base, name)
             else:
                 self.base.set_attn_implementation(name)
-            for active in (True, False):  # perhaps its last layer is read elsewhere than at the predictors
-                self.last_layer.active = active
+            # By argument; with a last layer that is read elsewhere than at the predictors; by the masks.
+            for self.row_in_masks, self.last_layer.active in ((False, True), (False, False), (True, False)):
                 self.why_not = self._compare(self.place(row), row, examples, reference)
                 if self.why_not is None:
-                    break
-            if self.why_not is None:
-                break
+                    return
             if name == backend:
                 self.backend_failed = self.why_not
-        if self.why_not is not None:
-            self.on_trees = False
-            if not isinstance(self.base, BloomForCausalLM):
-                self.base.set_attn_implementation(own)
+        self.on_trees = self.row_in_masks = False
+        if not isinstance(self.base, BloomForCausalLM):
+            self.base.set_attn_implementation(own)
+
+    def _logits_by_itself(self, single: TreeRow) -> Tensor:
+        """The model's own logits of an example alone, from its token ids and nothing else.
+
+        Raises:
+            InputError: its forward needs more than ids, or gives no logits per token.
+        """
+        try:
+            logits = self.logits(single)
+        except FOREIGN_ERRORS as error:
+            raise InputError(
+                f"{self._name}: {type(self.base).__name__} does not compute from token ids alone ({said(error)}), so "
+                "it is no model that graft can train; choose a model that continues text"
+            ) from None
+        if logits.dim() != 2 or len(logits) != len(single.predictors):
+            raise InputError(
+                f"{self._name}: {type(self.base).__name__} gives logits of shape {list(logits.shape)} for "
+                f"{len(single.predictors)} tokens, not one row for each; choose a model that continues text"
+            )
+        return logits
+
+    @property
+    def _name(self) -> str:
+        return self.base.name_or_path or "the model"
 
     def _refuse_if_not_causal(self, example: Example, reference: Tensor) -> None:
         """No logits that predict a token may depend on it: an encoder would be trained to copy.
@@ -164,7 +221,7 @@ class TreeLM:
         other = self.logits(TreeRow.of(row, self.device))
         if not _difference(other, reference) <= self._tolerance(reference.dtype):
             raise InputError(
-                f"{self.base.name_or_path}: {type(self.base).__name__} sees later tokens than it predicts, so it is no "
+                f"{self._name}: {type(self.base).__name__} sees later tokens than it predicts, so it is no "
                 "causal language model; choose a model that generates text"
             )
 
@@ -177,8 +234,11 @@ class TreeLM:
         scale = (config.get("logit_scale") or 1.0) / divisor  # Cohere
         shape = LogitShape(scale, config.get("final_logit_softcapping"))  # Gemma 2
         for single, wanted in zip(singles, reference, strict=True):
-            states = self.states(single)
-            if _difference(shape_logits(self.head(states).float(), shape), wanted) > self._tolerance(wanted.dtype):
+            try:
+                logits = shape_logits(self.head(self.states(single)).float(), shape)
+            except FOREIGN_ERRORS:  # something stands between the decoder and the output layer
+                return None
+            if logits.shape != wanted.shape or not _difference(logits, wanted) <= self._tolerance(wanted.dtype):
                 return None
         return shape
 
@@ -190,24 +250,55 @@ class TreeLM:
     def _compare(self, tree: TreeRow, row: Row, examples: Sequence[Example], reference: Sequence[Tensor]) -> str | None:
         """Why the logits on the tree are not those of the examples one by one; None if they are."""
         try:
-            with watch_masks() as windows_of_masks:
+            with watch_masks() as sizes_of_masks:
                 found = self.logits(tree)
         except RowMissing as error:
             return str(error)
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
-            return f"its forward does not take a row ({type(error).__name__}: {str(error).splitlines()[0]})"
+        except FOREIGN_ERRORS as error:
+            return f"its forward does not take a row ({said(error)})"
         if not tree.calls:
             return "its attention asks for no attention function (recurrent, or code of its own)"
-        if windows_of_masks != tree.windows:
+        if not self.row_in_masks and sizes_of_masks != tree.windows:
             return (
-                f"its masks use windows of {sorted(windows_of_masks)} tokens "
+                f"its masks use windows of {sorted(sizes_of_masks)} tokens "
                 f"but its attention is told of {sorted(tree.windows)}"
             )
         by_path = _logits_by_example(row, tree, found, examples)
         worst = max(_difference(ours, wanted) for ours, wanted in zip(by_path, reference, strict=True))
         if not worst <= self._tolerance(found.dtype):
-            return f"its logits on a tree differ from those one by one by {worst:.1e} (relative)"
+            return (
+                self._why_different() or f"its logits on a tree differ from those one by one by {worst:.1e} (relative)"
+            )
         return None
+
+    def _why_different(self) -> str | None:
+        """The commonest reasons why nodes of a row see more than their path."""
+        kinds: Sequence[str] = getattr(self.base.config.get_text_config(), "layer_types", None) or ()
+        states = [kind for kind in dict.fromkeys(kinds) if kind in LAYERS_WITH_STATE]
+        if states:
+            return f"its layers of the kind {', '.join(states)} carry a state from token to token"
+        if "position_ids" not in inspect.signature(self.decoder.forward).parameters:
+            return "its forward takes no position ids"
+        return None
+
+
+def turning_length(config: Mapping[str, Any]) -> int | None:
+    """Tokens from which on LongRoPE (Ding et al. 2024, arXiv:2402.13753) takes its other frequencies; else None.
+
+    Looks into a model's config and its parts; of several lengths it is the least.
+    """
+    inner = [found for value in config.values() if isinstance(value, Mapping) and (found := turning_length(value))]
+    own = config.get("original_max_position_embeddings")
+    if config.get("rope_type") == "longrope" and isinstance(own, int):
+        inner.append(own)
+    return min(inner, default=None)
+
+
+def probe_row(lm: TreeLM) -> TreeRow:
+    """A short made-up example alone, for which transformers' own numbers need no trees."""
+    examples = _probe_examples(next(lm.embedding.parameters()).shape[0])
+    (row,) = build_rows(examples[:1], 64)
+    return TreeRow.of(row, lm.device)
 
 
 def _probe_examples(vocabulary: int) -> list[Example]:

@@ -130,10 +130,11 @@ class _Forest:
         return [(example, path) for example, _, path in self.added]
 
     def row(self) -> Row:
-        """The five arrays of what was added."""
+        """The arrays of what was added."""
         ids, depth, parent = (np.empty(self.size, np.int32) for _ in range(3))
         end = np.full(self.size, self.size, np.int32)
         weight = np.zeros(self.size, np.float32)
+        multiplicity = np.zeros(self.size, np.int32)
         previous: npt.NDArray[np.int64] = np.empty(0, np.int64)
         start = 0
         for example, shared, path in self.added:
@@ -145,9 +146,10 @@ class _Forest:
                 parent[new] = new - 1
                 parent[new[0]] = path[shared - 1] if shared else -1
             weight[path] += example.weights
+            multiplicity[path] += 1
             previous, start = path, start + len(new)
         names = dict.fromkeys(example.conversation for example, _, _ in self.added)
-        return Row(ids, depth, parent, end, weight, tuple(names))
+        return Row(ids, depth, parent, end, weight, multiplicity, tuple(names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +209,7 @@ def padded(row: Row, size: int) -> Row:
         parent=np.concatenate([row.parent, parent]),
         end=np.concatenate([row.end, end.astype(np.int32)]),
         weight=np.concatenate([row.weight, np.zeros(missing, np.float32)]),
+        multiplicity=np.concatenate([row.multiplicity, np.zeros(missing, np.int32)]),
         conversations=row.conversations,
     )
 

@@ -185,7 +185,7 @@ def refuse_if_changed(checkpoint: Path, saved: Mapping[str, str], now: Mapping[s
     Raises:
         InputError: names every difference.
     """
-    changed = [key for key in now if saved.get(key) != now[key]]
+    changed = [key for key in now if str(saved.get(key)) != now[key]]  # None: not a setting yet
     if changed:
         differences = "; ".join(f"{key} was {saved.get(key)}, is {now[key]}" for key in changed)
         raise InputError(

@@ -25,6 +25,7 @@ from graft.model.lora_quantized import fuse_quantized_lora
 from graft.model.peft_kinds import kind_of, mutates_base, peft_config
 from graft.model.remember import remember
 from graft.model.trees import TreeLM
+from graft.model.unreached import stacked_experts
 from graft.model.vocabulary import begin_as_pieces, grow, token_rows
 from graft.runs import RunFolder
 from graft.tokens.renderer import Renderer
@@ -85,6 +86,8 @@ def load_for_training(
             model = load_adapter(base, start, trainable=True)
         else:
             model = add_adapter(base, config, settings.seed, _samples(prepared, settings))
+        if settings.method == "lora" and settings.lora.target_modules == "all-linear":
+            _say_unreached_experts(model)
         if start and start is not checkpoint:
             _say_other_shape(model, settings)
     to_device(model, device)
@@ -160,6 +163,18 @@ def _say_other_shape(model: PeftModel, settings: Train) -> None:
     if its != asked:
         shown = [", ".join(f"{name} {value:g}" for name, value in shape.items()) for shape in (its, asked)]
         warn(f"init_from {settings.init_from}: its adapter has {shown[0]}, which stays; the settings say {shown[1]}")
+
+
+def _say_unreached_experts(model: PeftModel) -> None:
+    """`all-linear` sounds like everything, and of a mixture of experts it may be the smallest part."""
+    experts = stacked_experts(model)
+    if experts:
+        total = sum(p.numel() for p in model.parameters())
+        warn(
+            f"lora.target_modules all-linear does not reach the experts: {sum(experts.values()):,} of {total:,} "
+            f"parameters ({', '.join(experts)}) are no linear layers and stay as they are; attention and whatever "
+            "else is linear is trained"
+        )
 
 
 def weights_folder(named: str) -> Path:

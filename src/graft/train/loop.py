@@ -25,6 +25,7 @@ from graft.errors import Diverged, InputError, Interrupted
 from graft.model.adapters import trainable
 from graft.model.device import memory_gib, pick_device, pick_precision, prepare_device
 from graft.model.load import load_weights
+from graft.model.router import RouterWatch
 from graft.model.save import save_model
 from graft.runs import RunFolder, append_jsonl, make_writable, new_run_folder, read_jsonl, write_atomic
 from graft.tokens.tree import sharing, total_weight
@@ -134,6 +135,8 @@ class Window:
     computed: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    router_aux: float = 0.0
+    expert_load: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +168,9 @@ class Fit:
         self.parameters = trainable(self.lm.model)
         self.optimizer = make_optimizer(self.parameters, embeddings_of(self.lm, settings), settings)
         self.stepper = make_stepper(self.lm, self.parameters, self.optimizer, self.precision, settings)
+        asked = settings.router_aux_loss
+        if asked is not None:
+            self.stepper.router = RouterWatch(self.lm, None if asked == "auto" else asked)
         free = settings.optimizer == "schedule_free_adamw"
         self.average = Average(self.parameters, self.optimizer, settings.ema, free)
         self.state = State(step=0, made_of=prepared.made_of)
@@ -259,6 +265,7 @@ class Fit:
         lr = learning_rate(step, self.total_steps, self.settings)
         set_learning_rate(self.optimizer, lr)
         of_rows = []
+        self.stepper.count_experts(rows, step)
         for number, row in enumerate(rows):
             of_rows.append(self.stepper.accumulate(row, (step, number), weight))
             if stop.is_set() and self.stepper.revocable:
@@ -274,6 +281,9 @@ class Fit:
         self.window.weight += weight
         self.window.computed += shared.nodes
         self.window.tokens += shared.tokens
+        if self.stepper.routed is not None:
+            self.window.router_aux = self.stepper.aux
+            self.window.expert_load = self.stepper.routed.heaviest
         self.window.seconds += time.perf_counter() - started
         if self.settings.trace:
             self._trace(step, examples, rows)
@@ -335,6 +345,8 @@ class Fit:
         }
         if not self.stepper.objective.plain:
             row["objective"] = window.objective / window.weight if window.weight else 0.0
+        if self.stepper.router is not None:
+            row["router_aux_loss"], row["expert_load_max"] = window.router_aux, round(window.expert_load, 3)
         if self.stepper.skipped:
             row["skipped"] = self.stepper.skipped
         append_jsonl(self.run.metrics, _finite(row))

@@ -170,7 +170,7 @@ def _made_of(
             "epochs", "max_steps", "seed",
             "lr", "lr_patterns", "schedule", "decay", "power", "warmup", "min_lr_ratio", "weight_decay", "optimizer",
             "optimizer_options", "optimizer_in_backward", "beta1", "beta2", "eps", "clip", "loss", "label_smoothing",
-            "neftune_alpha", "ema",
+            "neftune_alpha", "ema", "router_aux_loss",
         },
     )  # fmt: skip
     repeats = hashlib.blake2b(repr(plan.repeats).encode(), digest_size=8).hexdigest()

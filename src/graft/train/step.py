@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from graft.errors import Diverged
+from graft.model.attention import TreeRow
 from graft.model.device import Precision
+from graft.model.router import Routed, RouterWatch, share_of_aux
 from graft.model.trees import TreeLM
-from graft.train.loss import PLAIN, Objective, row_loss
+from graft.train.loss import PLAIN, Objective, Summed, row_loss
 from graft.train.noise import noisy_embedding
 from graft.types import Row
 
@@ -72,9 +75,33 @@ class Stepper:
         self.seed = seed
         self.objective = objective
         self.neftune_alpha = neftune_alpha
+        self.router: RouterWatch | None = None
+        """Set where the balance of a mixture of experts is trained too."""
+        self.routed: Routed | None = None
+        """What the routers did with the tokens of the step at hand; None until that is known."""
+        self.aux_of_rows: list[Tensor] = []
+        """Each row's part of the step's load-balancing loss, without its coefficient."""
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.scaler = torch.amp.GradScaler(lm.device.type, enabled=precision.scaled)
+
+    @property
+    def aux(self) -> float:
+        """Load-balancing loss of the step, without its coefficient."""
+        return float(sum(self.aux_of_rows, torch.zeros(())))
+
+    def count_experts(self, rows: Sequence[Row], step: int) -> None:
+        """Run the rows of a step once to see which experts they choose: the balance is that of the whole step.
+
+        Only where it is trained and there are several rows; a lone row knows all by itself.
+        """
+        self.routed, self.aux_of_rows = None, []
+        if self.router is None or len(rows) == 1:
+            return
+        for number, row in enumerate(rows):
+            with torch.no_grad():
+                _, found = self._row_loss(row, (step, number))
+            self.routed = found if self.routed is None or found is None else self.routed.plus(found)
 
     def accumulate(self, row: Row, number: tuple[int, int], weight: float) -> RowSums:
         """Add the gradient of one row's share of the step's mean loss; returns the row's sums.
@@ -84,16 +111,36 @@ class Stepper:
         `number` is (step, index of the row in it): dropout and noise are seeded by it, so that a resumed run, or one on
         other hardware, draws what the unbroken one would have drawn.
         """
+        summed, routed = self._row_loss(row, number)
+        loss = summed.loss / weight if weight else summed.loss
+        if routed is not None and self.router is not None:
+            self.routed = self.routed or routed
+            aux = share_of_aux(routed, self.routed)
+            loss = loss + self.router.coefficient * aux
+            self.aux_of_rows.append(aux.detach())
+        if weight and loss.requires_grad:
+            self._backward(loss)
+        return RowSums(summed.loss.detach(), summed.nll.detach())
+
+    def _row_loss(self, row: Row, number: tuple[int, int]) -> tuple[Summed, Routed | None]:
+        """A row's sums and what its routers did, where that is asked for."""
         torch.manual_seed(hash((self.seed, *number)) & 0x7FFF_FFFF_FFFF_FFFF)
         tree = self.lm.place(row)
         with (
             self.precision.autocast(self.lm.device),
             noisy_embedding(self.lm.embedding, tree.row, self.neftune_alpha),
+            self._reading(tree) as found,
         ):
             summed = row_loss(self.lm, tree, self.objective)
-        if weight and summed.loss.requires_grad:
-            self._backward(summed.loss / weight)
-        return RowSums(summed.loss.detach(), summed.nll.detach())
+        return summed, found[0] if found else None
+
+    @contextmanager
+    def _reading(self, tree: TreeRow) -> Iterator[list[Routed]]:
+        if self.router is None:
+            yield []
+            return
+        with self.router.reading(tree) as found:
+            yield found
 
     def _backward(self, loss: torch.Tensor) -> None:
         self.scaler.scale(loss).backward()
