@@ -96,7 +96,7 @@ def test_a_run_with_compiled_layers_learns_the_same(tmp_path, monkeypatch, capsy
         compiled.append(compile_layers(model, "eager"))
         return compiled[-1]
 
-    monkeypatch.setattr("graft.train.load.compile_layers", by_eager)
+    monkeypatch.setattr("graft.train.computing.compile_layers", by_eager)
     base = make_model_folder(tmp_path / "base")
     data = write_rows(tmp_path / "data.jsonl", make_conversations())
     losses = []

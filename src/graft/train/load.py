@@ -59,37 +59,11 @@ def load_for_training(
     refuse_offload(settings, device)
     if computing.compiled:
         refuse_with_compiled(settings)
-    start = checkpoint or (weights_folder(settings.init_from) if settings.init_from else None)
     model: PreTrainedModel | PeftModel
-    began: Mapping[str, Tensor] | None = None
     if settings.trains_own_weights:
-        model = load_base(str(start or settings.model), precision.trained, settings.trust_remote_code, device)
-        _add_tokens(model, prepared.renderer, fresh=start is None or not _has_tokens(start, prepared.renderer))
-        if settings.method == "freeze":
-            freeze_but(model, settings.freeze)
-            _refuse_frozen_new_tokens(model, settings)
-        else:
-            model.requires_grad_(True)
-        final_dtype = stored_dtype(settings.model)
+        model, final_dtype, began = *_own_weights(settings, precision, device, checkpoint, prepared), None
     else:
-        base = load_base(
-            settings.model, precision.frozen, settings.trust_remote_code, device, quantize=settings.quantize
-        )
-        final_dtype = base.dtype
-        _add_tokens(base, prepared.renderer, fresh=True)
-        config = _with_new_tokens(peft_config(settings), base, prepared.renderer)
-        if settings.init_from is None and mutates_base(config):
-            # A checkpoint's adapter is for the base as others have it; ours has lost what the adapter began as.
-            model = add_adapter(base, config, settings.seed, _samples(prepared, settings))
-            began = adapter_tensors(model)
-        elif start:
-            model = load_adapter(base, start, trainable=True)
-        else:
-            model = add_adapter(base, config, settings.seed, _samples(prepared, settings))
-        if settings.method == "lora" and settings.lora.target_modules == "all-linear":
-            _say_unreached_experts(model)
-        if start and start is not checkpoint:
-            _say_other_shape(model, settings)
+        model, final_dtype, began = _adapted(settings, precision, device, checkpoint, prepared)
     to_device(model, device)
     fuse_quantized_lora(model)
     every, offload = settings.checkpoint_every, settings.offload_activations
@@ -101,6 +75,50 @@ def load_for_training(
     elif settings.checkpointing == "selective" or offload:
         remember(model, "selective" if settings.checkpointing == "selective" else "none", every, offload)
     return Ready(lm, final_dtype, began)
+
+
+def _own_weights(
+    settings: Train, precision: Precision, device: torch.device, checkpoint: Path | None, prepared: Prepared
+) -> tuple[PreTrainedModel, torch.dtype]:
+    """A model of which all or some weights are trained, and the number format in which it was stored."""
+    start = checkpoint or _begins_with(settings)
+    model = load_base(str(start or settings.model), precision.trained, settings.trust_remote_code, device)
+    _add_tokens(model, prepared.renderer, fresh=start is None or not _has_tokens(start, prepared.renderer))
+    if settings.method == "freeze":
+        freeze_but(model, settings.freeze)
+        _refuse_frozen_new_tokens(model, settings)
+    else:
+        model.requires_grad_(True)
+    return model, stored_dtype(settings.model)
+
+
+def _adapted(
+    settings: Train, precision: Precision, device: torch.device, checkpoint: Path | None, prepared: Prepared
+) -> tuple[PeftModel, torch.dtype, Mapping[str, Tensor] | None]:
+    """An adapter on its frozen base, the base's number format, and what a beginning out of the base's weights was."""
+    base = load_base(settings.model, precision.frozen, settings.trust_remote_code, device, quantize=settings.quantize)
+    dtype = base.dtype
+    _add_tokens(base, prepared.renderer, fresh=True)
+    config = _with_new_tokens(peft_config(settings), base, prepared.renderer)
+    start = checkpoint or _begins_with(settings)
+    began: Mapping[str, Tensor] | None = None
+    if settings.init_from is None and mutates_base(config):
+        # A checkpoint's adapter is for the base as others have it; ours has lost what the adapter began as.
+        model = add_adapter(base, config, settings.seed, _samples(prepared, settings))
+        began = adapter_tensors(model)
+    elif start:
+        model = load_adapter(base, start, trainable=True)
+    else:
+        model = add_adapter(base, config, settings.seed, _samples(prepared, settings))
+    if settings.method == "lora" and settings.lora.target_modules == "all-linear":
+        _say_unreached_experts(model)
+    if start and start is not checkpoint:
+        _say_other_shape(model, settings)
+    return model, dtype, began
+
+
+def _begins_with(settings: Train) -> Path | None:
+    return weights_folder(settings.init_from) if settings.init_from else None
 
 
 def _add_tokens(model: PreTrainedModel, renderer: Renderer, fresh: bool) -> None:
