@@ -68,6 +68,7 @@ def _root(
 
 def main() -> None:
     """Entry point: 0 done, 2 bad input or settings, 3 data refused, 4 diverged, 5 interrupted with a checkpoint."""
+    import logging
     import os
     import signal
     import warnings
@@ -83,6 +84,8 @@ def main() -> None:
     # Large CPU tensors in pages of 2 MiB instead of 4 KiB: a training step streams through hundreds of megabytes.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)(\..*)?")
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # PEFT imports them, and each speaks of itself
+        logging.getLogger(library).setLevel(logging.ERROR)
     # As an ordinary way out, so that what was begun is cleared away; training has a handler of its own.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
