@@ -17,7 +17,7 @@ from graft.data.load import load_sources, refuse_if_too_many, write_rejects
 from graft.data.write import as_row, write_conversations
 from graft.errors import DataRefused, GraftError, InputError
 from graft.types import Conversation, Message, Origin, Reject
-from graft.words import counted
+from graft.words import counted, one_or_many
 
 
 def source(path: Path, form: str = "auto") -> Source:
@@ -87,7 +87,7 @@ def test_real_files_are_read_unconfigured_and_survive_a_round_trip(material, tmp
     assert (loaded.read, len(loaded.rejects)) == (read, rejected)
     assert len(loaded.conversations) == read - rejected
     evidence = {
-        f"{path}: {form}: {read} of {counted(read, 'row')} have {', '.join(columns)}"
+        f"{path}: {form}: {read} of {counted(read, 'row')} {one_or_many(read, 'has', 'have')} {', '.join(columns)}"
         for columns in FORMATS[form].columns
     }
     assert loaded.decisions[0] in evidence
@@ -112,8 +112,11 @@ def test_real_files_are_read_unconfigured_and_survive_a_round_trip(material, tmp
         ("ag_news/test.csv", "its first line names no columns, so they are called column_1"),
         ("sst2/dev.tsv", "its first line names no columns, so they are called column_1"),
         ("thucnews_titles/dev.txt", "10000 lines of 2 cells each, it is a table: rename it to dev.tsv"),
-        ("imdb_sample/imdb_sample.csv", "--columns text=review, to learn it by heart"),
-        ("domain-self-instruct/seed_question_家庭教育.jsonl", "questions without answers: --questions"),
+        ("imdb_sample/imdb_sample.csv", "--columns text=review --out FILE, to learn it by heart"),
+        (
+            "domain-self-instruct/seed_question_家庭教育.jsonl",
+            "questions without answers: `graft data import --questions`",
+        ),
         ("banking77/categories.json", "the row is text, not an object"),
     ],
 )
@@ -207,7 +210,7 @@ def test_too_many_rejects_are_refused_with_numbers_reasons_and_next_step():
         "  9 x messages[1]: broken at column 0  (first at a.jsonl:10)",
         "  4 x messages[1]: empty answer  (first at a.jsonl:10)",
         "  2 x messages[1]: y  (first at a.jsonl:10)",
-        "correct the rows, or go on without them: max_rejected=0.011",
+        "correct the rows, or go on without them: --max-rejected 0.011 (max_rejected=0.011 for train)",
     ]
     refuse_if_too_many(some, 1599, 0.011)  # the advice works
     with pytest.raises(DataRefused, match="nothing is left"):
