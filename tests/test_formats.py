@@ -397,7 +397,7 @@ def test_wrong_keys_name_those_found_and_the_formats_known():
         detect([{"frage": "x", "antwort": "y"}], "a.jsonl")
     for word in ("a.jsonl", "frage, antwort", "alpaca (instruction, output)", "sharegpt (conversations)", "rename"):
         assert word in str(error.value)
-    with pytest.raises(InputError, match="say format: text"):
+    with pytest.raises(InputError, match="to learn its `text` by heart, say .*format: text"):
         detect([{"text": "x", "label": 1}], "a.csv")
     with pytest.raises(InputError, match="rows without columns"):
         detect([{}], "a.jsonl")
