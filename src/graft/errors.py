@@ -25,6 +25,10 @@ class DataRefused(GraftError):
     exit_code = 3
 
 
+class OutOfMemory(GraftError):
+    """A row's computation does not fit into the memory of its device."""
+
+
 class Diverged(GraftError):
     """The run was stopped because its numbers stopped making sense; the last good checkpoint is kept."""
 

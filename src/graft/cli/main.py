@@ -12,6 +12,7 @@ from graft.cli.chat import chat
 from graft.cli.data.app import app as data
 from graft.cli.demo import demo
 from graft.cli.evaluate import evaluate
+from graft.cli.plan import plan
 from graft.cli.plot import plot
 from graft.cli.predict import predict
 from graft.cli.schema import schema
@@ -32,6 +33,7 @@ app = typer.Typer(
     "Start with [bold]graft demo[/bold], then [bold]graft train --model DIR --data FILE[/bold].",
 )
 app.command()(demo)
+app.command()(plan)
 app.command()(train)
 app.add_typer(data, name="data")
 app.command("eval")(evaluate)

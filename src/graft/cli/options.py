@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from graft.config.engine import EngineName
+from graft.errors import ConfigError
 
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="Run, model or adapter folder, or Hugging Face id.")]
 BasePath = Annotated[str | None, typer.Option(help="Base model of an adapter, where it is not where the adapter says.")]
@@ -28,3 +30,16 @@ Thinking = Annotated[
     bool | None,
     typer.Option("--thinking/--no-thinking", help="The template's own reasoning switch, where it has one."),
 ]
+
+
+def sort_words(words: list[str]) -> tuple[Path | None, list[str]]:
+    """Tell the recipe from the overrides.
+
+    Raises:
+        ConfigError: there are several recipes.
+    """
+    overrides = [word for word in words if "=" in word]
+    recipes = [word for word in words if "=" not in word]
+    if len(recipes) > 1:
+        raise ConfigError(f"one recipe at a time; found {', '.join(recipes)} (an override is written key=value)")
+    return (Path(recipes[0]) if recipes else None), overrides

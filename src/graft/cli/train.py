@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from graft.cli.options import sort_words
 from graft.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def train(
     """
     from graft.config.train import load_train
 
-    recipe, overrides = _sort_words(words or [])
+    recipe, overrides = sort_words(words or [])
     flags = {
         "model": model, "data": data, "val": val, "test": test, "out": out, "method": method, "epochs": epochs,
         "lr": lr, "batch_size": batch_size,
@@ -70,12 +71,3 @@ def _next_steps(run: RunFolder) -> str:
     if run.held_out is None:  # eval would have nothing to ask
         steps[1] += " --data FILE"
     return "   ".join(steps)
-
-
-def _sort_words(words: list[str]) -> tuple[Path | None, list[str]]:
-    """Tell the recipe from the overrides."""
-    overrides = [word for word in words if "=" in word]
-    recipes = [word for word in words if "=" not in word]
-    if len(recipes) > 1:
-        raise ConfigError(f"one recipe at a time; found {', '.join(recipes)} (an override is written key=value)")
-    return (Path(recipes[0]) if recipes else None), overrides

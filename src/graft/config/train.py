@@ -168,9 +168,9 @@ class Train(Settings):
 
     batch_size: int = Field(default=16, ge=1)
     """Conversations per optimizer step, whatever the hardware."""
-    row_tokens: int | None = Field(default=None, ge=8)
-    """Tokens computed in one forward pass, the memory knob; None is max(encode.max_length, 4096). It does not change
-    the result."""
+    row_tokens: Annotated[int, Field(ge=8)] | Literal["auto"] | None = None
+    """Tokens computed in one forward pass, the memory knob; None is max(encode.max_length, 4096), `auto` what fits into
+    the memory that is free when the run starts. It does not change the result."""
     epochs: float = Field(default=3.0, gt=0, le=1_000_000)
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after so many optimizer steps; the schedule is laid over them."""
@@ -240,8 +240,8 @@ class Train(Settings):
 
     @property
     def row_budget(self) -> int:
-        """Most nodes of one row, in tokens; an example always fits into one row."""
-        if self.row_tokens is None:
+        """Most nodes of one row, in tokens; an example always fits into one row. `auto` is not yet chosen here."""
+        if self.row_tokens is None or self.row_tokens == "auto":
             return max(self.encode.max_length, 4096)
         return self.row_tokens
 
@@ -272,7 +272,7 @@ class Train(Settings):
 
     @model_validator(mode="after")
     def _rows_hold_the_longest_example(self) -> Self:
-        if self.row_tokens is not None and self.row_tokens < self.encode.max_length:
+        if isinstance(self.row_tokens, int) and self.row_tokens < self.encode.max_length:
             raise ValueError(
                 f"row_tokens {self.row_tokens} is less than encode.max_length {self.encode.max_length}: "
                 "an example is never cut, so raise row_tokens or lower encode.max_length"
@@ -322,6 +322,11 @@ def _contradictions(s: Train) -> Iterator[str | bool]:
         and s.warmup + s.decay > 1
         and f"schedule=wsd: warmup {s.warmup} and decay {s.decay} together are more than the whole run; lower one"
     )
+    yield (
+        s.row_tokens == "auto"
+        and s.checkpointing == "auto"
+        and "row_tokens=auto and checkpointing=auto each wait for what the other takes of the memory; set one of them"
+    )
     if s.optimizer_in_backward:
         yield from _contradictions_in_backward(s)
     for setting, its, default in (("beta1", s.beta1, 0.9), ("beta2", s.beta2, 0.999), ("eps", s.eps, 1e-8)):
@@ -334,6 +339,10 @@ def _contradictions(s: Train) -> Iterator[str | bool]:
 
 def _contradictions_in_backward(s: Train) -> Iterator[str | bool]:
     allowed = ("adamw", "adamw_8bit", "adafactor", "lion", "sgd")
+    yield (
+        s.row_tokens == "auto"
+        and "optimizer_in_backward needs each step in one row, which row_tokens=auto does not promise; give a number"
+    )
     yield (
         not s.trains_own_weights
         and f"optimizer_in_backward saves the gradients of whole weights; with method={s.method} there are few: "

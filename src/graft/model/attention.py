@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from graft.model.count import ATTENTION, part
 from graft.model.device import send
 from graft.model.row_mask import Form, RowMask, mask_function
 from graft.tokens.tree import Segments, segments, targets, visible
@@ -262,7 +263,8 @@ def _for_transformers(compute: Compute) -> Any:
         row.calls += 1
         row.windows |= {size for size in (window, form.chunk) if size is not None}
         shape = Shape(scaling, window, softcap, s_aux, dropout=dropout, chunk=form.chunk)
-        return compute(query, key, value, row, shape).transpose(1, 2).contiguous(), None
+        with part(ATTENTION):
+            return compute(query, key, value, row, shape).transpose(1, 2).contiguous(), None
 
     return attention
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomForCausalLM, dropout_add
 
 from graft.model.attention import BACKENDS, Shape, TreeRow
+from graft.model.count import ATTENTION, part
 from graft.model.kept import NextRow, PromptRow
 from graft.model.row_mask import RowMask
 
@@ -59,7 +60,8 @@ def _install_attention(module: BloomAttention, backend: str) -> None:
         shape = Shape(module.inv_norm_factor, slopes=slopes, dropout=dropout)
         if isinstance(alibi, TreeRow):
             alibi.calls += 1
-            context = compute(query, key, value, alibi, shape)
+            with part(ATTENTION):
+                context = compute(query, key, value, alibi, shape)
         else:  # generation
             context = alibi.attend(query, key, value, shape)
         output = module.dense(context.transpose(1, 2).flatten(2))

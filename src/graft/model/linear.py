@@ -11,6 +11,8 @@ Shapes: T tokens, i and o features in and out, r rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +22,25 @@ from torch import Tensor
 
 PIECE_BYTES = 2**19
 """Of one tensor's piece, for each thread, so that a few of them fit a core's cache."""
+FEW = 16
+"""Pieces of a tensor where the operations are only counted."""
+
+_few: ContextVar[bool] = ContextVar("few pieces", default=False)
+
+
+@contextmanager
+def few_pieces() -> Iterator[None]:
+    """Compute in few pieces: where operations are only counted, they would be most of what there is to count."""
+    token = _few.set(True)
+    try:
+        yield
+    finally:
+        _few.reset(token)
+
+
+def piece_rows(rows: int, wanted: int) -> int:
+    """How many of a tensor's rows make a piece where `wanted` of them fit the cache."""
+    return max(wanted, -(-rows // FEW)) if _few.get() else wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +133,6 @@ def pieces(of: Tensor) -> Iterator[slice]:
     tokens, width = of.shape
     size = tokens
     if of.device.type == "cpu":
-        size = max(16, PIECE_BYTES * torch.get_num_threads() // (width * of.element_size()))
+        size = piece_rows(tokens, max(16, PIECE_BYTES * torch.get_num_threads() // (width * of.element_size())))
     for start in range(0, tokens, size):
         yield slice(start, start + size)

@@ -71,13 +71,16 @@ def _activation(module: Any) -> Activation | None:
     if layers[0] is None or None in layers:
         return None
     weight = layers[0].weight
-    probe = torch.linspace(-3, 3, 3 * module.gate_proj.in_features, device=weight.device, dtype=weight.dtype)
+    hollow = weight.is_meta  # a model without numbers, which is only counted: its parts' names are believed
+    device = torch.device("cpu") if hollow else weight.device
+    probe = torch.linspace(-3, 3, 3 * module.gate_proj.in_features, device=device, dtype=weight.dtype)
     x = probe.view(3, -1)
     with torch.no_grad():
-        wanted = module(x)
+        wanted = None if hollow else module(x)
         for activation in ACTIVATIONS:
-            found = _forward(activation)(module, x)
-            if _close(activation.of(probe), module.act_fn(probe)) and _close(found, wanted):
+            if not _close(activation.of(probe), module.act_fn(probe)):
+                continue
+            if wanted is None or _close(_forward(activation)(module, x), wanted):
                 return activation
     return None
 

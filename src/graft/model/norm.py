@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from graft.model.linear import piece_rows
+
 PIECE_ELEMENTS = 2**16
 """Elements of one tensor's piece: 256 KiB in fp32, so that the four tensors of the gradient fit a core's cache."""
 
@@ -111,6 +113,6 @@ class _RmsNorm(torch.autograd.Function):
 def _pieces(x: Tensor, scale: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Pieces of x [..., d], its scale [..., 1] and others [..., d]; those of a contiguous tensor can be written to."""
     flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, scale, *others)]
-    size = max(1, PIECE_ELEMENTS // x.shape[-1])
+    size = piece_rows(len(flat[0]), max(1, PIECE_ELEMENTS // x.shape[-1]))
     for start in range(0, len(flat[0]), size):
         yield tuple(tensor[start : start + size] for tensor in flat)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from graft.model.linear import PIECE_BYTES
+from graft.model.linear import PIECE_BYTES, piece_rows
 
 NAME = "apply_rotary_pos_emb"
 Rotate = Callable[..., tuple[Tensor, Tensor]]
@@ -97,6 +97,7 @@ def _turn(x: Tensor, cos: Tensor, into_first: Tensor, into_second: Tensor) -> Te
     out = torch.empty(nodes.shape, dtype=x.dtype, device=x.device)
     half = x.shape[-1] // 2
     size = max(1, PIECE_BYTES * torch.get_num_threads() // (nodes.shape[2] * nodes.shape[3] * x.element_size()))
+    size = piece_rows(nodes.shape[1], size)
     for start in range(0, nodes.shape[1], size):
         part = slice(start, start + size)
         a, b = nodes[:, part, :, :half], nodes[:, part, :, half:]

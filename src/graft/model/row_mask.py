@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 if TYPE_CHECKING:
     from graft.model.attention import TreeRow
@@ -44,7 +45,8 @@ class RowMask(Tensor):
     @classmethod
     def of(cls, row: TreeRow | PromptRow | NextRow, form: Form | None = None) -> RowMask:
         """A mask on the row's device."""
-        mask = torch.zeros(1, 1, 1, 1, device=row.ids.device).as_subclass(cls)
+        with _disable_current_modes():  # where a row is only counted, a tensor without numbers can be no subclass
+            mask = torch.zeros(1, 1, 1, 1, device=row.ids.device).as_subclass(cls)
         mask.row, mask.form = row, form or Form()
         return mask
 

@@ -65,6 +65,7 @@ class TreeLM:
         trees: bool = True,
         row_step: int = 1,
         fuse: bool = True,
+        probe: bool = True,
     ) -> None:
         """Prepare and probe a model; it keeps `backend` as its attention implementation where trees are exact.
 
@@ -72,6 +73,7 @@ class TreeLM:
         Without `fuse` its modules keep their own forward, for a compiler to fuse.
         `why_not` says, in a sentence, why the model runs one example per row; None means that it runs on trees.
         `backend_failed` says why `backend` was given up for segments; None means that it is in use.
+        Without `probe` what the config says is believed: for a model without numbers, which is only counted.
         """
         self.model = model
         if fuse:
@@ -92,7 +94,10 @@ class TreeLM:
         training = model.training
         model.eval()
         with torch.no_grad():
-            self._probe(backend)
+            if probe:
+                self._probe(backend)
+            else:
+                self._assume(backend)
         model.train(training)
 
     @property
@@ -170,10 +175,7 @@ class TreeLM:
         self.on_trees = True
         (row,) = build_rows(examples, 64)
         for name in dict.fromkeys((backend, SEGMENTS)):
-            if isinstance(self.base, BloomForCausalLM):
-                bloom.install(self.base, name)
-            else:
-                self.base.set_attn_implementation(name)
+            self._install(name)
             # By argument; with a last layer that is read elsewhere than at the predictors; by the masks.
             for self.row_in_masks, self.last_layer.active in ((False, True), (False, False), (True, False)):
                 self.why_not = self._compare(self.place(row), row, examples, reference)
@@ -184,6 +186,22 @@ class TreeLM:
         self.on_trees = self.row_in_masks = False
         if not isinstance(self.base, BloomForCausalLM):
             self.base.set_attn_implementation(own)
+
+    def _assume(self, backend: str) -> None:
+        """What `_probe` finds for nearly every model, without computing anything."""
+        if self.decoder is not self.base and self.base.get_output_embeddings() is not None:
+            self.logit_shape = self._declared_logit_shape()
+        self.why_not = self.why_not or self._why_different()
+        if self.why_not is None:
+            self.on_trees = True
+            self._install(backend)
+
+    def _install(self, backend: str) -> None:
+        """From here on attention is computed by `backend`."""
+        if isinstance(self.base, BloomForCausalLM):
+            bloom.install(self.base, backend)
+        else:
+            self.base.set_attn_implementation(backend)
 
     def _logits_by_itself(self, single: TreeRow) -> Tensor:
         """The model's own logits of an example alone, from its token ids and nothing else.
@@ -229,10 +247,7 @@ class TreeLM:
         """How the logits follow from the decoder's states, checked against the model's own; None if in no such form."""
         if self.decoder is self.base or self.base.get_output_embeddings() is None:
             return None
-        config = self.base.config.to_dict()
-        divisor = config.get("logits_scaling") or 1.0  # Granite
-        scale = (config.get("logit_scale") or 1.0) / divisor  # Cohere
-        shape = LogitShape(scale, config.get("final_logit_softcapping"))  # Gemma 2
+        shape = self._declared_logit_shape()
         for single, wanted in zip(singles, reference, strict=True):
             try:
                 logits = shape_logits(self.head(self.states(single)).float(), shape)
@@ -241,6 +256,12 @@ class TreeLM:
             if logits.shape != wanted.shape or not _difference(logits, wanted) <= self._tolerance(wanted.dtype):
                 return None
         return shape
+
+    def _declared_logit_shape(self) -> LogitShape:
+        config = self.base.config.to_dict()
+        divisor = config.get("logits_scaling") or 1.0  # Granite
+        scale = (config.get("logit_scale") or 1.0) / divisor  # Cohere
+        return LogitShape(scale, config.get("final_logit_softcapping"))  # Gemma 2
 
     def _tolerance(self, dtype: torch.dtype) -> float:
         """Rounding of a forward pass; LLM.int8 rounds activations too, and finds outliers in whatever it is given."""

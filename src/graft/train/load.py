@@ -99,7 +99,7 @@ def _adapted(
     base = load_base(settings.model, precision.frozen, settings.trust_remote_code, device, quantize=settings.quantize)
     dtype = base.dtype
     _add_tokens(base, prepared.renderer, fresh=True)
-    config = _with_new_tokens(peft_config(settings), base, prepared.renderer)
+    config = with_new_tokens(peft_config(settings), base, prepared.renderer)
     start = checkpoint or _begins_with(settings)
     began: Mapping[str, Tensor] | None = None
     if settings.init_from is None and mutates_base(config):
@@ -137,7 +137,7 @@ def _has_tokens(folder: Path, renderer: Renderer) -> bool:
     )
 
 
-def _with_new_tokens(config: PeftConfig, base: PreTrainedModel, renderer: Renderer) -> PeftConfig:
+def with_new_tokens(config: PeftConfig, base: PreTrainedModel, renderer: Renderer) -> PeftConfig:
     """The adapter also trains the new tokens' own rows, beside what the settings name."""
     if renderer.new_tokens and isinstance(config, LoraConfig):
         rows = token_rows(base, list(renderer.new_tokens))

@@ -40,6 +40,7 @@ from graft.train.checkpoint import (
     save_checkpoint,
 )
 from graft.train.environment import describe_environment
+from graft.train.foresee import explained_out_of_memory, foresee, is_small
 from graft.train.formats import refuse_base, trained_in
 from graft.train.in_backward import refuse_steps_of_several_rows
 from graft.train.load import check_context, load_for_training, longest_example
@@ -51,6 +52,7 @@ from graft.train.optim import (
     set_learning_rate,
 )
 from graft.train.prepare import Prepared, prepare
+from graft.train.rows import look_at_rows
 from graft.train.schedule import learning_rate
 from graft.train.signals import stop_requests
 from graft.train.tuning import check_tuning, embeddings_of, make_stepper
@@ -69,20 +71,24 @@ def train(settings: Train) -> RunFolder:
     prepared = prepare(settings, run)
     if settings.optimizer_in_backward:
         refuse_steps_of_several_rows(prepared.plan, prepared.train, settings.row_budget, settings.trees)
-    fit = Fit(settings, run, prepared)
-    with stop_requests() as stop, progress("training", prepared.plan.total_steps, fit.state.step) as advance:
-        try:
-            fit.loop(stop, advance)
-        except Diverged as error:
-            raise Diverged(
-                f"{error}. The last good checkpoint is {newest_checkpoint(run) or 'the base model'}"
-            ) from None
-    fit.finish()
+    settings = foresee(settings, prepared)
+    with explained_out_of_memory(settings, prepared):
+        fit = Fit(settings, run, prepared)
+        with stop_requests() as stop, progress("training", prepared.plan.total_steps, fit.state.step) as advance:
+            try:
+                if not is_small(settings, prepared):
+                    fit.rehearse(stop)
+                fit.loop(stop, advance)
+            except Diverged as error:
+                raise Diverged(
+                    f"{error}. The last good checkpoint is {newest_checkpoint(run) or 'the base model'}"
+                ) from None
+        fit.finish()
     return run
 
 
 def open_run(settings: Train) -> tuple[Train, RunFolder]:
-    """The run folder and every effective setting; a resumed run keeps its date.
+    """The run folder and every effective setting; a resumed run keeps its date and its rows.
 
     Raises:
         InputError: the folder cannot be written, holds another run, or holds none to resume.
@@ -96,16 +102,28 @@ def open_run(settings: Train) -> tuple[Train, RunFolder]:
     if settings.resume and not run.exists():
         raise InputError(f"{run.root}: there is no run to resume; start it without resume=true")
     make_writable(run.root)
-    date = settings.encode.date or datetime.datetime.now().astimezone().date().isoformat()
     if settings.resume:
-        date = load_train(run.config).encode.date or date
+        settings = _as_begun(settings, load_train(run.config))
     effective = {
         "out": str(run.root),
         "lr": settings.peak_lr,
-        "row_tokens": settings.row_budget,
-        "encode": settings.encode.model_copy(update={"date": date}),
+        "row_tokens": "auto" if settings.row_tokens == "auto" else settings.row_budget,
     }
-    return settings.model_copy(update=effective), run
+    return with_date(settings).model_copy(update=effective), run
+
+
+def _as_begun(settings: Train, begun: Train) -> Train:
+    """What a run found out when it began, it keeps: its date, and the rows that fitted then."""
+    date = begun.encode.date or settings.encode.date
+    row_tokens = begun.row_tokens if settings.row_tokens == "auto" else settings.row_tokens
+    encode = settings.encode.model_copy(update={"date": date})
+    return settings.model_copy(update={"encode": encode, "row_tokens": row_tokens})
+
+
+def with_date(settings: Train) -> Train:
+    """The settings with today's date for templates, where none is given."""
+    date = settings.encode.date or datetime.datetime.now().astimezone().date().isoformat()
+    return settings.model_copy(update={"encode": settings.encode.model_copy(update={"date": date})})
 
 
 def write_settings(settings: Train, run: RunFolder) -> None:
@@ -185,6 +203,28 @@ class Fit:
         environment = describe_environment(device, prepared.made_of) | found
         write_atomic(run.environment, json.dumps(environment, indent=1, ensure_ascii=False))
         self._say_what_is_trained()
+
+    def rehearse(self, stop: threading.Event) -> None:
+        """Compute the plan's heaviest rows first and forget them, so that memory runs out now or never.
+
+        Changes no number of the run: the gradient is discarded, and the generators and the mode are put back. Where the
+        backward pass updates the weights there is nothing to discard, so nothing is rehearsed.
+        """
+        if self.state.step >= self.total_steps or not self.stepper.revocable:
+            return
+        device = self.lm.device
+        training = self.lm.model.training
+        self.lm.model.train()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for row in look_at_rows(self.prepared, self.settings.row_budget, self.lm).heaviest:
+                if stop.is_set():  # the loop sees it too, and saves
+                    break
+                self.stepper.count_experts([row], self.state.step)  # forgets those of another row
+                self.stepper.accumulate(row, (self.state.step, 0), 1.0)
+                self.stepper.discard()
+        self.lm.model.train(training)
+        if device.type == "cuda":  # the log's peak is that of the steps
+            torch.cuda.reset_peak_memory_stats(device)
 
     def loop(self, stop: threading.Event, advance: Advance) -> None:
         """Update by update to the end of the plan."""

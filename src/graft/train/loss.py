@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from graft.model.attention import TreeRow
+from graft.model.count import HEAD, part
 from graft.model.trees import LogitShape, TreeLM, shape_logits
 
 CHUNK_ELEMENTS = 2**24
@@ -65,7 +66,9 @@ def row_loss(lm: TreeLM, tree: TreeRow, objective: Objective = PLAIN) -> Summed:
     """Summed loss of one row; zero for a row without targets."""
     if lm.logit_shape is None:
         return logits_nll(lm.logits(tree), tree.labels, tree.weights, objective)
-    return linear_nll(lm.states(tree), lm.head, lm.logit_shape, tree.labels, tree.weights, objective)
+    states = lm.states(tree)
+    with part(HEAD):
+        return linear_nll(states, lm.head, lm.logit_shape, tree.labels, tree.weights, objective)
 
 
 def linear_nll(

@@ -1,0 +1,112 @@
+"""`graft plan`."""
+
+from __future__ import annotations
+
+import json as json_module
+import re
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from graft.cli.options import sort_words
+from graft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from graft.train.forecast import Forecast, Option
+
+UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def plan(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE.yaml] [KEY=VALUE ...]", help="A recipe and settings that override it."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder or Hugging Face id.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Training data; may be given several times.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory to fit into, for example 16GiB; else what is free here.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Predict a training run's memory and time before it loads a weight.
+
+    Settings are those of graft train. The data is encoded, which a later graft train uses again; nothing else is kept.
+
+    Examples:
+
+    graft plan recipe.yaml
+
+    graft plan --model DIR --data train.jsonl method=full --memory 16GiB
+    """
+    from graft.config.train import load_train
+
+    recipe, overrides = sort_words(words or [])
+    wanted = None if memory is None else size_in_bytes(memory)
+    settings = load_train(recipe, overrides, {"model": model, "data": data or None})
+
+    from graft.console import out
+    from graft.train.plan import plan as plan_run
+
+    found, options, free = plan_run(settings, wanted)
+    if json:
+        listed = [{"settings": dict(o.changes), "fits": o.fits(free), **o.forecast.as_json()} for o in options]
+        text = json_module.dumps({"memory_bytes": free, **found.as_json(), "options": listed}, indent=1)
+        out.print(text, markup=False)
+        return
+    _show(found, options, free)
+
+
+def size_in_bytes(text: str) -> int:
+    """`16GiB`, `16GB`, `16g` and `17179869184` as bytes; units are powers of 1024.
+
+    Raises:
+        ConfigError: it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
+    if match is None:
+        raise ConfigError(f"--memory {text}: a size is expected, for example 16GiB or 800MiB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def _show(found: Forecast, options: list[Option], free: int) -> None:
+    from graft.console import note, table
+    from graft.train.foresee import duration, gib
+
+    parts = [[name, gib(size)] for name, size in found.parts.items()]
+    table("peak memory", ["part", "size"], [*parts, ["all", gib(found.peak)]], to_stdout=True)
+    rows = found.rows
+    table(
+        "work",
+        ["", "of a step"],
+        [
+            ["conversations' tokens", f"{rows.tokens:,.0f}"],
+            ["computed nodes", f"{rows.size.nodes:,.0f}"],
+            ["sharing", f"{rows.sharing:.2f}"],
+            ["rows", f"{rows.per_step:.1f}"],
+            ["heaviest row's nodes", f"{len(rows.heaviest[0]):,}"],
+            ["time (estimate)", duration(found.seconds_per_step)],
+        ],
+        to_stdout=True,
+    )
+    note(f"{rows.steps:,} steps in about {duration(found.seconds)}, {found.validations} validations included")
+    lines = [
+        [
+            str(o),
+            gib(o.forecast.peak),
+            duration(o.forecast.seconds),
+            "yes" if o.fits(free) else "no",
+        ]
+        for o in options
+    ]
+    table(
+        f"settings, fastest first, for {gib(free)} on {found.device}",
+        ["settings", "peak", "time", "fits"],
+        lines,
+        to_stdout=True,
+    )
+    fitting = [option for option in options if option.fits(free)]
+    if fitting:
+        note(f"the fastest that fits: {fitting[0]}")
+    else:
+        note("none of these fits; a smaller encode.max_length, method=lora or a smaller model is needed")

@@ -1,0 +1,286 @@
+"""A run's cost is foreseen: counts without weights are those with weights, predicted memory is what is measured."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import ON_TREES, branching_examples, make_conversations, make_model, make_model_folder, write_rows
+from transformers import LlamaConfig, Qwen2Config
+from typer.testing import CliRunner
+
+from graft.cli.main import app
+from graft.cli.plan import size_in_bytes
+from graft.config.train import load_train
+from graft.errors import ConfigError, OutOfMemory
+from graft.model.adapters import add_lora
+from graft.model.attention import TreeRow
+from graft.model.count import Counter
+from graft.model.device import pick_precision
+from graft.model.linear import few_pieces
+from graft.model.trees import TreeLM
+from graft.runs import RunFolder
+from graft.tokens.tree import build_rows
+from graft.train import foresee as foresee_module
+from graft.train.cost import count_row
+from graft.train.forecast import Forecaster
+from graft.train.hollow import NotCountable
+from graft.train.loop import Fit, open_run, train
+from graft.train.loss import row_loss
+from graft.train.prepare import prepare
+from graft.train.rows import look_at_rows
+
+CPU = torch.device("cpu")
+FP32 = pick_precision("fp32", CPU)
+
+
+def settings_for(model, *overrides: str):
+    return load_train(None, [f"model={model}", "data=none.jsonl", *overrides])
+
+
+def count_with_weights(lm: TreeLM, row) -> int:
+    """Most bytes alive in a row's forward and backward pass, by counting the real one."""
+    parameters = [p for p in lm.model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    tree = TreeRow.of(row, CPU)
+    counter = Counter().ignore(*lm.model.parameters(), *lm.model.buffers(), *(p.grad for p in parameters))
+    with few_pieces(), counter:
+        row_loss(lm, tree).loss.backward()
+    return counter.counted.peak.total()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2-window-softcap", "gpt2", "bloom"])
+def test_a_model_without_weights_counts_as_one_with_weights(family, method, tmp_path):
+    config = ON_TREES[family]
+    make_model(config).save_pretrained(tmp_path)
+    settings = settings_for(tmp_path, f"method={method}")
+    (row,) = build_rows(branching_examples(), 256)
+    model = make_model(config)
+    lm = TreeLM(add_lora(model, settings.lora, 0) if method == "lora" else model.requires_grad_(True))
+    lm.model.train()
+    assert lm.on_trees
+    real = count_with_weights(lm, row)
+    assert real > 100_000
+    found = made(settings)
+    assert found.lm.on_trees
+    counted = count_row(found, row)
+    assert sum(counted.peak.values()) == pytest.approx(real, rel=0.02), (
+        "two layers of two kinds: nothing to extrapolate"
+    )
+
+
+def test_layers_that_are_left_out_are_added_up(tmp_path):
+    config = LlamaConfig(**(ON_TREES["llama"].to_dict() | {"num_hidden_layers": 7}))
+    make_model(config).save_pretrained(tmp_path)
+    settings = settings_for(tmp_path)
+    (row,) = build_rows(branching_examples(), 256)
+    lm = TreeLM(add_lora(make_model(config), settings.lora, 0))
+    lm.model.train()
+    found = made(settings)
+    assert found.kinds.total() == 6
+    assert len(found.kinds) == 1
+    few = sum(count_row(made(settings_for(two_layers(config, tmp_path))), row).peak.values())
+    real = count_with_weights(lm, row)
+    assert real > 2 * few
+    assert sum(count_row(found, row).peak.values()) == pytest.approx(real, rel=0.02)
+
+
+def two_layers(config, tmp_path) -> Path:
+    LlamaConfig(**(config.to_dict() | {"num_hidden_layers": 2})).save_pretrained(tmp_path / "two")
+    return tmp_path / "two"
+
+
+def test_checkpointing_is_counted(tmp_path):
+    config = LlamaConfig(**(ON_TREES["llama"].to_dict() | {"num_hidden_layers": 8}))
+    config.save_pretrained(tmp_path)
+    (row,) = build_rows(branching_examples(), 256)
+    kept, again = (count_row(made(settings_for(tmp_path, f"checkpointing={mode}")), row) for mode in ("none", "full"))
+    assert sum(again.peak.values()) < 0.5 * sum(kept.peak.values())
+    products = [sum(w.products for w in (*c.forward.values(), *c.backward.values())) for c in (kept, again)]
+    assert 1.2 < products[1] / products[0] < 1.6, "the layers' forward pass runs twice"
+
+
+def test_products_are_those_of_the_formula(tmp_path):
+    config = ON_TREES["llama"]
+    config.save_pretrained(tmp_path)
+    (row,) = build_rows(branching_examples(), 256)
+    forward = count_row(made(settings_for(tmp_path, "method=full")), row).forward
+    others, keys_and_values = 32 * 32 * 2 + 3 * 32 * 48, 2 * 32 * 16  # queries, output and gated MLP
+    asked = len(TreeRow.of(row, CPU).asked)
+    assert asked < len(row), "the last layer is computed at the predictors only, but for its keys and values"
+    assert forward["layers"].products == 2 * (2 * len(row) * keys_and_values + (len(row) + asked) * others)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+def run_settings(base: Path, tmp_path: Path, *overrides: str):
+    data = tmp_path / "data.jsonl"
+    if not data.exists():
+        write_rows(data, make_conversations())
+    return load_train(
+        None,
+        [f"model={base}", f"data={data}", f"out={tmp_path / 'run'}", "batch_size=8", "max_steps=4", "split.val=0.2",
+         "encode.max_length=128", *overrides],
+    )  # fmt: skip
+
+
+def forecaster(settings, tmp_path) -> Forecaster:
+    return Forecaster(settings, prepare(settings, RunFolder(tmp_path / "aside")), CPU, FP32)
+
+
+def test_rows_of_the_forecast_are_those_of_the_run(base, tmp_path):
+    settings = run_settings(base, tmp_path, "trace=true", "row_tokens=200")
+    prepared = prepare(settings, RunFolder(tmp_path / "aside"))
+    rows = look_at_rows(prepared, 200, made(settings).lm)
+    run = train(settings)
+    traced = [row["nodes"] for line in run.trace.read_text().splitlines() for row in json.loads(line)["rows"]]
+    steps = [row for row in run.read_metrics() if row["kind"] == "train"]
+    assert rows.steps == len(steps) == 4
+    assert rows.per_step * 4 == pytest.approx(len(traced))
+    assert rows.size.nodes * 4 == pytest.approx(sum(traced))
+    assert len(rows.heaviest[0]) == max(traced)
+    assert rows.sharing > 1.05
+
+
+def test_auto_takes_what_fits_and_the_run_keeps_it(base, tmp_path, monkeypatch):
+    settings = run_settings(base, tmp_path, "row_tokens=auto", "batch_size=32")
+    found = forecaster(settings, tmp_path)
+    largest, roomy = found.choose_budget(1 << 40)
+    smallest, tight = found.choose_budget(0)
+    assert largest > smallest == 512
+    assert roomy.beyond_process > tight.beyond_process
+    between = (roomy.beyond_process + tight.beyond_process) // 2
+    budget, forecast = found.choose_budget(int(between / 0.9))
+    assert budget < largest
+    assert forecast.beyond_process <= between
+    monkeypatch.setattr(foresee_module, "free_bytes", lambda _device: 0)
+    run = train(settings)
+    assert load_train(run.config).row_tokens == 512
+    monkeypatch.setattr(foresee_module, "free_bytes", lambda _device: 1 << 40)
+    resumed, _ = open_run(settings.model_copy(update={"resume": True}))
+    assert resumed.row_tokens == 512, "a resumed run computes the rows that it began with"
+
+
+def test_a_rehearsal_changes_no_number(base, tmp_path, monkeypatch):
+    computed = []
+    own = Fit.rehearse
+    monkeypatch.setattr(Fit, "rehearse", lambda fit: (computed.append(1), own(fit))[1])
+    with_it = train(run_settings(base, tmp_path, "lora.dropout=0.1"))
+    monkeypatch.setattr(Fit, "rehearse", lambda fit: None)
+    without = train(run_settings(base, tmp_path, "lora.dropout=0.1", f"out={tmp_path / 'other'}"))
+    assert computed == [1]
+
+    def numbers(run):
+        return [(r["step"], r["loss"], r.get("grad_norm")) for r in run.read_metrics()]
+
+    assert numbers(with_it) == numbers(without)
+    assert len(numbers(with_it)) > 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    ],
+)
+def test_running_out_of_memory_names_the_row_and_what_would_help(base, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("graft.train.step.Stepper.accumulate", fail)
+    with pytest.raises(OutOfMemory, match=r"heaviest row has \d+ nodes .*checkpointing=full \(saves") as caught:
+        train(run_settings(base, tmp_path, "method=full", "row_tokens=512"))
+    assert "method=lora" in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_other_errors_are_not_taken_for_lack_of_memory(base, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr("graft.train.step.Stepper.accumulate", fail)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        train(run_settings(base, tmp_path))
+
+
+def test_a_run_says_what_it_will_need_and_warns(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(foresee_module, "SMALL_WORK", 0)
+    monkeypatch.setattr(foresee_module, "free_bytes", lambda _device: 1000)
+    train(run_settings(base, tmp_path, "max_steps=1"))
+    said = capsys.readouterr().err
+    assert "foreseen: about" in said
+    assert "GiB of memory at the most" in said
+    assert "checkpointing=full (saves" in said
+
+
+def test_a_model_that_cannot_be_counted_is_trained_all_the_same(base, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise NotCountable("it depends on numbers")
+
+    monkeypatch.setattr("graft.train.forecast.count_row", refuse)
+    run = train(run_settings(base, tmp_path, "max_steps=1", "row_tokens=auto"))
+    assert "not foreseen: it depends on numbers" in capsys.readouterr().err
+    assert load_train(run.config).row_tokens == 4096
+
+
+def test_the_command_prints_a_table_or_json(base, tmp_path):
+    data = write_rows(tmp_path / "data.jsonl", make_conversations())
+    words = ["plan", f"model={base}", f"data={data}", "encode.max_length=128"]
+    shown = CliRunner().invoke(app, [*words, "--memory", "64GiB"])
+    assert shown.exit_code == 0, shown.output
+    assert "optimizer states" in shown.output
+    assert "row_tokens=512 checkpointing=none" in shown.output
+    told = json.loads(CliRunner().invoke(app, [*words, "--json", "--memory", "1MiB"]).stdout)
+    assert told["peak_bytes"] == sum(told["bytes"].values())
+    assert told["memory_bytes"] == 2**20
+    assert told["options"]
+    assert not any(option["fits"] for option in told["options"])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_sizes_are_read():
+    assert size_in_bytes("16GiB") == size_in_bytes("16 gb") == size_in_bytes("16g") == 16 * 2**30
+    assert size_in_bytes("1.5MiB") == 3 * 2**19
+    with pytest.raises(ConfigError, match="16GiB"):
+        size_in_bytes("much")
+
+
+CHILD = """
+import resource, sys
+from graft.config.train import load_train
+from graft.train.loop import train
+from graft.model.machine import resident
+base = resident()
+train(load_train(None, sys.argv[1:]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is measured the Linux way")
+def test_the_peak_is_the_one_measured_in_a_process_of_its_own(tmp_path):
+    shape = {"vocab_size": 8192, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 8}
+    base = make_model_folder(tmp_path / "model", Qwen2Config, **shape)
+    rows = [{"messages": [{"role": r, "content": f"{n} {r} says {n % 7} " * 20} for r in ("user", "assistant")]}
+            for n in range(12)]  # fmt: skip
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    words = [f"model={base}", f"data={data}", f"out={tmp_path / 'run'}", "split.val=0", "max_steps=2", "batch_size=6",
+             "encode.max_length=1024", "row_tokens=2048"]  # fmt: skip
+    found = forecaster(load_train(None, words), tmp_path).forecast()
+    environment = os.environ | {"GRAFT_CACHE": str(tmp_path / "cache"), "THP_MEM_ALLOC_ENABLE": "1"}
+    said = subprocess.run(
+        [sys.executable, "-c", CHILD, *words], capture_output=True, text=True, env=environment, check=False
+    )
+    assert said.returncode == 0, said.stderr
+    measured = int(said.stdout)
+    assert found.beyond_process > 100 * 2**20
+    assert found.beyond_process == pytest.approx(measured, rel=0.35)  # what is imported on the way counts too
