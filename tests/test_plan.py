@@ -4,41 +4,60 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import ON_TREES, branching_examples, make_conversations, make_model, make_model_folder, write_rows
-from transformers import LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from typer.testing import CliRunner
 
 from graft.cli.main import app
 from graft.cli.plan import size_in_bytes
 from graft.config.train import load_train
 from graft.errors import ConfigError, OutOfMemory
-from graft.model.adapters import add_lora
+from graft.model.adapters import add_lora, trainable
 from graft.model.attention import TreeRow
 from graft.model.count import Counter
 from graft.model.device import pick_precision
 from graft.model.linear import few_pieces
+from graft.model.machine import measure_rates
+from graft.model.remember import remember
 from graft.model.trees import TreeLM
 from graft.runs import RunFolder
 from graft.tokens.tree import build_rows
 from graft.train import foresee as foresee_module
-from graft.train.cost import count_row
+from graft.train.cost import count_row, count_update
 from graft.train.forecast import Forecaster
-from graft.train.hollow import NotCountable
+from graft.train.hollow import NotCountable, hollow
+from graft.train.load import load_for_training
 from graft.train.loop import Fit, open_run, train
 from graft.train.loss import row_loss
+from graft.train.optim import make_optimizer
 from graft.train.prepare import prepare
 from graft.train.rows import look_at_rows
+from graft.train.step import Stepper
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _short_measurements(monkeypatch):
+    monkeypatch.setattr("graft.train.forecast.measure_rates", partial(measure_rates, seconds=0.02))
+
+
 FP32 = pick_precision("fp32", CPU)
 
 
 def settings_for(model, *overrides: str):
     return load_train(None, [f"model={model}", "data=none.jsonl", *overrides])
+
+
+def made(settings, new_tokens=()):
+    return hollow(settings, FP32, CPU, new_tokens)
 
 
 def count_with_weights(lm: TreeLM, row) -> int:
@@ -83,7 +102,7 @@ def test_layers_that_are_left_out_are_added_up(tmp_path):
     lm.model.train()
     found = made(settings)
     assert found.kinds.total() == 6
-    assert len(found.kinds) == 1
+    assert sorted(found.kinds.values()) == [1, 5], "the first layer hands no gradient on"
     few = sum(count_row(made(settings_for(two_layers(config, tmp_path))), row).peak.values())
     real = count_with_weights(lm, row)
     assert real > 2 * few
@@ -103,6 +122,79 @@ def test_checkpointing_is_counted(tmp_path):
     assert sum(again.peak.values()) < 0.5 * sum(kept.peak.values())
     products = [sum(w.products for w in (*c.forward.values(), *c.backward.values())) for c in (kept, again)]
     assert 1.2 < products[1] / products[0] < 1.6, "the layers' forward pass runs twice"
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_recipes_in_the_place_of_activations_are_counted(family, tmp_path):
+    config = ON_TREES[family]
+    make_model(config).save_pretrained(tmp_path)
+    (row,) = build_rows(branching_examples(), 256)
+    lm = TreeLM(add_lora(make_model(config), settings_for(tmp_path).lora, 0))
+    lm.model.train()
+    remember(lm.model, "selective")
+    counted = sum(count_row(made(settings_for(tmp_path, "checkpointing=selective")), row).peak.values())
+    assert counted == pytest.approx(count_with_weights(lm, row), rel=0.02)
+    assert counted < 0.95 * sum(count_row(made(settings_for(tmp_path)), row).peak.values())
+
+
+@pytest.mark.parametrize("layers", [(0,), (2, 5)])
+def test_layers_above_trained_ones_keep_what_their_gradient_needs(layers, tmp_path):
+    config = LlamaConfig(**(ON_TREES["llama"].to_dict() | {"num_hidden_layers": 6}))
+    make_model(config).save_pretrained(tmp_path)
+    shown = "[" + ",".join(map(str, layers)) + "]"
+    settings = settings_for(tmp_path, f"lora.layers_to_transform={shown}", "lora.target_modules=[q_proj, up_proj]")
+    (row,) = build_rows(branching_examples(), 256)
+    lm = TreeLM(add_lora(make_model(config), settings.lora, 0))
+    lm.model.train()
+    counted = sum(count_row(made(settings), row).peak.values())
+    assert counted == pytest.approx(count_with_weights(lm, row), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["method=freeze", "freeze.layers=1", "freeze.patterns=[embed_tokens]"], ["method=full"],
+     ["lora.init_lora_weights=pissa"], ["method=peft", "peft={type: IA3}"]],
+)  # fmt: skip
+def test_what_is_trained_is_what_the_run_trains(base, overrides, tmp_path):
+    settings = run_settings(base, tmp_path, "new_tokens=[zxq]", *overrides)
+    prepared = prepare(settings, RunFolder(tmp_path / "aside"))
+    ready = load_for_training(settings, FP32, CPU, None, prepared)
+    found = hollow(settings, FP32, CPU, list(prepared.renderer.new_tokens))
+    shapes = {name: (p.shape, p.dtype) for name, p in found.trained.items()}
+    assert shapes == {name: (p.shape, p.dtype) for name, p in trainable(ready.lm.model).items()}
+    everything = dict.fromkeys(ready.lm.model.parameters())
+    assert found.frozen_bytes + found.trained_bytes == sum(p.numel() * p.element_size() for p in everything)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [("adamw", []), ("adamw", ["optimizer_in_backward=true", "clip=null"]), ("adamw", ["master_weights=stochastic"]),
+     ("adafactor", []), ("muon", []), ("lion", []), ("schedule_free_adamw", ["schedule=constant"]), ("sgd", [])],
+)  # fmt: skip
+def test_states_of_optimizers_are_those_of_a_real_step(base, optimizer, options):
+    settings = settings_for(base, "method=full", f"optimizer={optimizer}", *options)
+    if optimizer in ("lion", "schedule_free_adamw"):
+        pytest.importorskip({"lion": "lion_pytorch"}.get(optimizer, "schedulefree"))
+    precision = FP32 if "master_weights=stochastic" not in options else replace(FP32, trained=torch.bfloat16)
+    counted = count_update(hollow(settings, precision, CPU), settings).states
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=precision.trained)
+    tables = {id(table.weight) for table in (model.get_input_embeddings(), model.get_output_embeddings())}
+    real = make_optimizer(trainable(model), tables, settings)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    real.step()
+    tensors = {id(t): t for state in real.state.values() for t in state.values() if isinstance(t, torch.Tensor)}
+    assert counted == pytest.approx(sum(t.numel() * t.element_size() for t in tensors.values()), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [("quantize=nf4", "quantised"), ("compile=true", "compiler"), ("offload_activations=true", "transfers"),
+     ("checkpointing=auto", "none, selective or full")],
+)  # fmt: skip
+def test_what_cannot_be_counted_is_said(base, override, reason):
+    with pytest.raises(NotCountable, match=reason):
+        made(settings_for(base, override))
 
 
 def test_products_are_those_of_the_formula(tmp_path):
@@ -172,9 +264,10 @@ def test_auto_takes_what_fits_and_the_run_keeps_it(base, tmp_path, monkeypatch):
 def test_a_rehearsal_changes_no_number(base, tmp_path, monkeypatch):
     computed = []
     own = Fit.rehearse
-    monkeypatch.setattr(Fit, "rehearse", lambda fit: (computed.append(1), own(fit))[1])
+    monkeypatch.setattr("graft.train.loop.is_small", lambda *_: False)
+    monkeypatch.setattr(Fit, "rehearse", lambda fit, stop: (computed.append(1), own(fit, stop))[1])
     with_it = train(run_settings(base, tmp_path, "lora.dropout=0.1"))
-    monkeypatch.setattr(Fit, "rehearse", lambda fit: None)
+    monkeypatch.setattr(Fit, "rehearse", lambda fit, stop: None)
     without = train(run_settings(base, tmp_path, "lora.dropout=0.1", f"out={tmp_path / 'other'}"))
     assert computed == [1]
 
@@ -185,23 +278,62 @@ def test_a_rehearsal_changes_no_number(base, tmp_path, monkeypatch):
     assert len(numbers(with_it)) > 4
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-        MemoryError(),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
-    ],
-)
-def test_running_out_of_memory_names_the_row_and_what_would_help(base, tmp_path, monkeypatch, error):
+def test_a_rehearsal_leaves_no_trace_and_can_be_stopped(base, tmp_path, monkeypatch):
+    settings, run = open_run(run_settings(base, tmp_path, "optimizer=adamw"))
+    fit = Fit(settings, run, prepare(settings, run))
+    rows = []
+    own = Stepper.accumulate
+    monkeypatch.setattr(Stepper, "accumulate", lambda self, row, *args: (rows.append(row), own(self, row, *args))[1])
+    stop = threading.Event()
+    generator, training, scaler = torch.get_rng_state(), fit.lm.model.training, fit.stepper.scaler.state_dict()
+    fit.rehearse(stop)
+    assert rows
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert fit.lm.model.training == training
+    assert fit.stepper.scaler.state_dict() == scaler
+    assert not fit.optimizer.state
+    assert all(p.grad is None for p in fit.lm.model.parameters())
+    rows.clear()
+    stop.set()
+    fit.rehearse(stop)
+    assert not rows
+
+
+def test_updates_within_the_backward_pass_are_not_rehearsed(base, tmp_path, monkeypatch):
+    settings, run = open_run(run_settings(base, tmp_path, "method=full", "optimizer_in_backward=true", "clip=null"))
+    fit = Fit(settings, run, prepare(settings, run))
+    monkeypatch.setattr(Stepper, "accumulate", lambda *_: pytest.fail("weights would have changed"))
+    fit.rehearse(threading.Event())
+
+
+def test_automatic_rows_go_with_neither_automatic_checkpointing_nor_updates_in_the_backward_pass(base):
+    with pytest.raises(ConfigError, match="row_tokens=auto"):
+        settings_for(base, "row_tokens=auto", "checkpointing=auto")
+    with pytest.raises(ConfigError, match="row_tokens=auto"):
+        settings_for(base, "method=full", "row_tokens=auto", "optimizer_in_backward=true", "clip=null")
+
+
+def test_running_out_of_memory_names_the_row_and_what_would_help(base, tmp_path, monkeypatch):
     def fail(*_):
-        raise error
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr("graft.train.step.Stepper.accumulate", fail)
     with pytest.raises(OutOfMemory, match=r"heaviest row has \d+ nodes .*checkpointing=full \(saves") as caught:
         train(run_settings(base, tmp_path, "method=full", "row_tokens=512"))
     assert "method=lora" in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8")],
+)
+def test_running_out_of_memory_on_the_cpu_is_known_by_its_words(base, tmp_path, monkeypatch, error):
+    monkeypatch.setattr(foresee_module, "advice", lambda _: "Try less")
+    settings = run_settings(base, tmp_path)
+    prepared = prepare(settings, RunFolder(tmp_path / "aside"))
+    with pytest.raises(OutOfMemory, match="Try less"), foresee_module.explained_out_of_memory(settings, prepared):
+        raise error
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory(base, tmp_path, monkeypatch):

@@ -191,7 +191,8 @@ class TreeLM:
         """What `_probe` finds for nearly every model, without computing anything."""
         if self.decoder is not self.base and self.base.get_output_embeddings() is not None:
             self.logit_shape = self._declared_logit_shape()
-        self.why_not = self.why_not or self._why_different()
+        if not isinstance(self.base, BloomForCausalLM):  # it has its own way to be told of a row
+            self.why_not = self.why_not or self._why_different()
         if self.why_not is None:
             self.on_trees = True
             self._install(backend)

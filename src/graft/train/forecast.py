@@ -22,7 +22,6 @@ from graft.train.hollow import Hollow, countable, hollow
 from graft.train.loss import Objective
 from graft.train.prepare import Prepared
 from graft.train.rows import Rows, look_at_rows, seconds_for, seconds_of
-from graft.types import Row
 
 CPU_HOLES = 0.45
 """Of the counted activations, what glibc's heap needs beyond them: gradients and states lie between them, and the next
@@ -118,6 +117,7 @@ class Forecaster:
         self._base: int | None = None  # once: what differs between forecasts must be the settings' doing
         self._model: tuple[str, Hollow, UpdateCost] | None = None
         self._rows: dict[int, Rows] = {}
+        self._costs: dict[tuple[str, int, int], RowCost] = {}
 
     def forecast(self, settings: Train | None = None) -> Forecast:
         """What the run costs.
@@ -127,7 +127,7 @@ class Forecaster:
             NotCountable: its step depends on numbers.
         """
         settings = settings or self.settings
-        costs = [self._count(settings, row) for row in self.rows(settings).heaviest]
+        costs = [self._count(settings, index) for index in range(len(self.rows(settings).heaviest))]
         return self._put_together(settings, max(costs, key=lambda cost: sum(cost.peak.values())))
 
     def options(self) -> list[Option]:
@@ -186,20 +186,25 @@ class Forecaster:
 
     def _largest(self, settings: Train, budget: int) -> RowCost:
         """Cost of the row with the most nodes."""
-        settings = settings.model_copy(update={"row_tokens": budget})
-        return self._count(settings, self.rows(settings).heaviest[0])
+        return self._count(settings.model_copy(update={"row_tokens": budget}), 0)
 
-    def _count(self, settings: Train, row: Row) -> RowCost:
-        model = self._hollow(settings)
-        padded = pick_attention(settings.attention, self.device).padded
-        model.lm.row_step = row_step(settings.row_budget) if padded else 1
-        return count_row(model, row, Objective(settings.label_smoothing, settings.loss == "dft"))
+    def _count(self, settings: Train, index: int) -> RowCost:
+        """Cost of one of the heaviest rows."""
+        model, budget = self._hollow(settings), settings.row_budget
+        assert self._model is not None
+        key = (self._model[0], budget, index)
+        if key not in self._costs:
+            padded = pick_attention(settings.attention, self.device).padded
+            model.lm.row_step = row_step(budget) if padded else 1
+            objective = Objective(settings.label_smoothing, settings.loss == "dft")
+            self._costs[key] = count_row(model, self.rows(settings).heaviest[index], objective)
+        return self._costs[key]
 
     def _hollow(self, settings: Train) -> Hollow:
         """The run's model without its weights; the last one made is kept."""
         key = settings.model_dump_json(exclude={"row_tokens"})
         if self._model is None or self._model[0] != key:
-            model = hollow(settings, self.precision, self.device, self.prepared.renderer)
+            model = hollow(settings, self.precision, self.device, list(self.prepared.renderer.new_tokens))
             self._model = key, model, count_update(model, settings)
         return self._model[1]
 

@@ -1,6 +1,6 @@
 """A run's model without its weights: every shape and number format is there, no number is, and nothing is read.
 
-It is the model that `graft.train.load` would give, made from the config alone, in the same order. Its tensors are torch's fake ones, so
+It is the model that `graft.train.load` would give, made from the config alone. Its tensors are torch's fake ones, so
 that the engine's own code runs on it, at the cost of Python alone, and can be counted. Decoder layers of one kind cost
 the same: the model is kept with its last layer and at most one other, and the counts are multiplied.
 """
@@ -8,7 +8,7 @@ the same: the model is kept with its last layer and at most one other, and the c
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,7 +29,6 @@ from graft.model.quantize import stored_quantization
 from graft.model.remember import remember
 from graft.model.trees import TreeLM
 from graft.model.vocabulary import grow
-from graft.tokens.renderer import Renderer
 from graft.train.load import with_new_tokens
 
 
@@ -78,7 +77,16 @@ def countable(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError) as error:
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        RuntimeError,
+        AssertionError,
+        ArithmeticError,
+    ) as error:
         raise NotCountable(f"{name} cannot be counted without its weights ({first_line(error)})") from None
 
 
@@ -101,8 +109,8 @@ def refuse_uncountable(settings: Train) -> None:
         raise NotCountable(f"this run cannot be counted beforehand: {why}")
 
 
-def hollow(settings: Train, precision: Precision, device: torch.device, renderer: Renderer) -> Hollow:
-    """The model of a run, without weights.
+def hollow(settings: Train, precision: Precision, device: torch.device, new_tokens: Sequence[int] = ()) -> Hollow:
+    """The model of a run, without weights; `new_tokens` are the ids of `new_tokens`.
 
     Raises:
         InputError: the config cannot be read or is of no causal language model.
@@ -111,17 +119,17 @@ def hollow(settings: Train, precision: Precision, device: torch.device, renderer
     """
     refuse_uncountable(settings)
     with countable(settings.model):
-        return _hollow(settings, precision, device, renderer)
+        return _hollow(settings, precision, device, new_tokens)
 
 
-def _hollow(settings: Train, precision: Precision, device: torch.device, renderer: Renderer) -> Hollow:
+def _hollow(settings: Train, precision: Precision, device: torch.device, new_tokens: Sequence[int] = ()) -> Hollow:
     """In the order of graft.train.load."""
     with torch.device("meta"):
         model: PreTrainedModel | PeftModel
         if settings.trains_own_weights:
-            model = _own_weights(settings, precision, renderer)
+            model = _own_weights(settings, precision, new_tokens)
         else:
-            model = _adapted(settings, precision, renderer)
+            model = _adapted(settings, precision, new_tokens)
     model.train()
     if settings.checkpointing == "full":
         remember(model, "full", settings.checkpoint_every)
@@ -153,9 +161,9 @@ def _hollow(settings: Train, precision: Precision, device: torch.device, rendere
     )
 
 
-def _own_weights(settings: Train, precision: Precision, renderer: Renderer) -> PreTrainedModel:
+def _own_weights(settings: Train, precision: Precision, new_tokens: Sequence[int]) -> PreTrainedModel:
     model = _from_config(settings, precision.trained)
-    grow(model, 1 + max(renderer.new_tokens, default=-1))
+    grow(model, 1 + max(new_tokens, default=-1))
     if settings.method == "freeze":
         freeze_but(model, settings.freeze)
     else:
@@ -163,10 +171,10 @@ def _own_weights(settings: Train, precision: Precision, renderer: Renderer) -> P
     return model
 
 
-def _adapted(settings: Train, precision: Precision, renderer: Renderer) -> PeftModel:
+def _adapted(settings: Train, precision: Precision, new_tokens: Sequence[int]) -> PeftModel:
     base = _from_config(settings, precision.frozen)
-    grow(base, 1 + max(renderer.new_tokens, default=-1))
-    config = with_new_tokens(peft_config(settings), base, renderer)
+    grow(base, 1 + max(new_tokens, default=-1))
+    config = with_new_tokens(peft_config(settings), base, new_tokens)
     if isinstance(config, LoraConfig):
         config.init_lora_weights = True  # other ways to begin look at the weights; the shapes are the same
     return add_adapter(base, config, settings.seed)

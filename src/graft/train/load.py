@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def _adapted(
     base = load_base(settings.model, precision.frozen, settings.trust_remote_code, device, quantize=settings.quantize)
     dtype = base.dtype
     _add_tokens(base, prepared.renderer, fresh=True)
-    config = with_new_tokens(peft_config(settings), base, prepared.renderer)
+    config = with_new_tokens(peft_config(settings), base, list(prepared.renderer.new_tokens))
     start = checkpoint or _begins_with(settings)
     began: Mapping[str, Tensor] | None = None
     if settings.init_from is None and mutates_base(config):
@@ -137,10 +137,10 @@ def _has_tokens(folder: Path, renderer: Renderer) -> bool:
     )
 
 
-def with_new_tokens(config: PeftConfig, base: PreTrainedModel, renderer: Renderer) -> PeftConfig:
+def with_new_tokens(config: PeftConfig, base: PreTrainedModel, ids: Sequence[int]) -> PeftConfig:
     """The adapter also trains the new tokens' own rows, beside what the settings name."""
-    if renderer.new_tokens and isinstance(config, LoraConfig):
-        rows = token_rows(base, list(renderer.new_tokens))
+    if ids and isinstance(config, LoraConfig):
+        rows = token_rows(base, ids)
         named = config.trainable_token_indices or {}
         also = named if isinstance(named, dict) else {next(iter(rows)): named}
         config.trainable_token_indices = {
