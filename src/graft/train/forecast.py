@@ -23,7 +23,7 @@ from graft.train.loss import Objective
 from graft.train.prepare import Prepared
 from graft.train.rows import Rows, look_at_rows, seconds_for, seconds_of
 
-CPU_HOLES = 0.45
+CPU_HOLES = 0.35
 """Of the counted activations, what glibc's heap needs beyond them: gradients and states lie between them, and the next
 row, a little longer, does not fit into the holes of the last. Measured by bench/plan.py."""
 CUDA_HOLES = 0.08
@@ -137,12 +137,15 @@ class Forecaster:
         """
         found: list[Option] = []
         budgets = self.budgets()
-        for mode in ("none", "selective", "full"):
+        for mode in ("selective", "full") if self.settings.gradient_checkpointing else ("none", "selective", "full"):
             settings = self.settings.model_copy(update={"checkpointing": mode})
             small, large = (self._largest(settings, budget) for budget in (budgets[0], budgets[-1]))
             for budget in budgets:
                 wanted = settings.model_copy(update={"row_tokens": budget})
-                cost = _between(small, large, len(self.rows(wanted).heaviest[0]))
+                rows = self.rows(wanted)
+                if settings.optimizer_in_backward and rows.per_step > 1:
+                    continue  # the run would refuse it
+                cost = _between(small, large, len(rows.heaviest[0]))
                 changes = {"row_tokens": budget, "checkpointing": mode}
                 found.append(Option(changes, self._put_together(wanted, cost)))
         return sorted(found, key=lambda option: option.forecast.seconds)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from pydantic import ValidationError
 
 from graft.config.train import Train
 from graft.console import note, warn
@@ -39,13 +42,15 @@ def foresee(settings: Train, prepared: Prepared) -> Train:
         return settings
     forecaster = forecaster_for(settings, prepared)
     free = free_bytes(forecaster.device)
+    drawn_from = [forecaster.device] if forecaster.device.type == "cuda" else []
     try:
-        if settings.row_tokens == "auto":
-            budget, found = forecaster.choose_budget(free)
-            settings = settings.model_copy(update={"row_tokens": budget})
-            note(f"row_tokens: auto is {budget}")
-        else:
-            found = forecaster.forecast()
+        with torch.random.fork_rng(drawn_from):  # the run draws what it would have drawn without
+            if settings.row_tokens == "auto":
+                budget, found = forecaster.choose_budget(free)
+                settings = settings.model_copy(update={"row_tokens": budget})
+                note(f"row_tokens: auto is {budget}")
+            else:
+                found = forecaster.forecast()
     except GraftError as error:
         note(f"memory and time are not foreseen: {error}")
         return settings.model_copy(update={"row_tokens": settings.row_budget})
@@ -90,30 +95,38 @@ def duration(seconds: float) -> str:
 
 def advice(forecaster: Forecaster) -> str:
     """The three changes that save most, with what they are predicted to save."""
-    settings = forecaster.settings
+    saved = []
     try:
         now = forecaster.forecast().peak
-        saved = []
-        for text, changed in _changes(settings):
-            saved.append((now - forecaster.forecast(changed).peak, text))
-    except GraftError:
+        for changes in _changes(forecaster.settings):
+            changed = _changed(forecaster.settings, changes)
+            if changed is not None:
+                text = " ".join(f"{name}={value}" for name, value in changes.items())
+                saved.append((now - forecaster.forecast(changed).peak, text))
+    except (GraftError, RuntimeError, MemoryError):  # what it stands in must still be said
         return "Lower row_tokens or encode.max_length, or set checkpointing=full"
     said = [f"{text} (saves {gib(size)})" for size, text in sorted(saved, reverse=True)[:3] if size > 0]
     return f"Try {', '.join(said)}" if said else "Only a smaller model or a larger machine will help"
 
 
-def _changes(settings: Train) -> list[tuple[str, Train]]:
+def _changes(settings: Train) -> Iterator[dict[str, object]]:
     """Single changes that need less memory."""
-    found = []
-    modes = ("none", "selective", "full")
-    for mode in modes[modes.index(settings.checkpointing) + 1 :] if settings.checkpointing in modes else ():
-        found.append((f"checkpointing={mode}", settings.model_copy(update={"checkpointing": mode})))
+    less = {"none": ("selective", "full"), "selective": ("full",)}
+    for mode in less.get(settings.checkpointing, ()):
+        yield {"checkpointing": mode}
     half = max(settings.encode.max_length, settings.row_budget // 2)
-    if half < settings.row_budget:
-        found.append((f"row_tokens={half}", settings.model_copy(update={"row_tokens": half})))
+    if half < settings.row_budget and not settings.optimizer_in_backward:
+        yield {"row_tokens": half}
     if settings.trains_own_weights:
-        found.append(("method=lora", settings.model_copy(update={"method": "lora"})))
-    return found
+        yield {"method": "lora"}
+
+
+def _changed(settings: Train, changes: Mapping[str, object]) -> Train | None:
+    """The settings with a change; None where it does not go with the others."""
+    try:
+        return Train.model_validate({**settings.model_dump(), **changes})
+    except ValidationError:
+        return None
 
 
 @contextmanager
@@ -136,7 +149,7 @@ def explained_out_of_memory(settings: Train, prepared: Prepared) -> Iterator[Non
     try:
         row = forecaster.rows(settings).heaviest[0]
         shape = f"the heaviest row has {len(row)} nodes (row_tokens {settings.row_budget})"
-    except GraftError:
+    except (GraftError, RuntimeError, MemoryError):
         shape = f"row_tokens is {settings.row_budget}"
     raise OutOfMemory(
         f"out of memory on {forecaster.device}: {shape}. {advice(forecaster)}. "

@@ -25,11 +25,12 @@ from graft.model.adapters import add_adapter, freeze_but, trainable
 from graft.model.attention import DENSE, SEGMENTS
 from graft.model.device import Precision
 from graft.model.peft_kinds import peft_config
-from graft.model.quantize import stored_quantization
 from graft.model.remember import remember
 from graft.model.trees import TreeLM
 from graft.model.vocabulary import grow
 from graft.train.load import with_new_tokens
+
+QUANTISED = "the bytes of quantised weights are known only when they are loaded"
 
 
 class NotCountable(GraftError):
@@ -97,8 +98,8 @@ def refuse_uncountable(settings: Train) -> None:
         NotCountable: the settings ask for it.
     """
     why = None
-    if settings.quantize != "none" or stored_quantization(settings.model, settings.trust_remote_code):
-        why = "the bytes of quantised weights are known only when they are loaded"
+    if settings.quantize != "none":
+        why = QUANTISED
     elif settings.compile is True:
         why = "with compile=true the compiler chooses what is kept"
     elif settings.offload_activations:
@@ -192,6 +193,8 @@ def _from_config(settings: Train, dtype: torch.dtype) -> PreTrainedModel:
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"model {path}: its config cannot be read: {first_line(error)}") from None
     assert isinstance(model, PreTrainedModel)
+    if model.config.to_dict().get("quantization_config"):
+        raise NotCountable(f"this run cannot be counted beforehand: {QUANTISED}")
     return model
 
 
