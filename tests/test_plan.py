@@ -197,6 +197,20 @@ def test_what_cannot_be_counted_is_said(base, override, reason):
         made(settings_for(base, override))
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_layers_that_are_computed_again_are_counted_where_they_are(method, tmp_path):
+    config = LlamaConfig(**(ON_TREES["llama"].to_dict() | {"num_hidden_layers": 8}))
+    make_model(config).save_pretrained(tmp_path)
+    settings = settings_for(tmp_path, f"method={method}", "checkpointing=full", "checkpoint_every=3")
+    (row,) = build_rows(branching_examples(), 256)
+    model = make_model(config)
+    model = add_lora(model, settings.lora, 0) if method == "lora" else model.requires_grad_(True)
+    remember(model, "full", 3)
+    lm = TreeLM(model)
+    lm.model.train()
+    assert sum(count_row(made(settings), row).peak.values()) == pytest.approx(count_with_weights(lm, row), rel=0.02)
+
+
 def test_products_are_those_of_the_formula(tmp_path):
     config = ON_TREES["llama"]
     config.save_pretrained(tmp_path)
