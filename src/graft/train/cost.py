@@ -131,7 +131,7 @@ def count_update(model: Hollow, settings: Train) -> UpdateCost:
         NotCountable: the optimizer's operations depend on numbers.
     """
     counter = Counter(scalar=1.0)  # what is asked for is the number of the step
-    with _countable(model), model.mode:
+    with countable(f"optimizer={settings.optimizer}"), model.mode:
         optimizer = make_optimizer(model.trained, embeddings_of(model.lm, settings), settings)
         for parameter in model.trained.values():
             parameter.grad = torch.empty_like(parameter)
