@@ -35,6 +35,7 @@ def test_the_commands_run(name, tmp_path, monkeypatch, capsys):
         "train",
         "predict",
         "plot",
+        "plan",
         "data",
     ]
     for command in found:
