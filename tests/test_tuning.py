@@ -282,6 +282,11 @@ def test_every_kind_is_either_tested_or_refused_with_a_reason():
         (("schedule=wsd", "warmup=0.5", "decay=0.6"), "more than the whole run"),
         (("method=freeze", "freeze.layers=0"), "trains nothing"),
         (("lr_patterns={'(': 1e-4}",), "no regular expression"),
+        (("lr_patterns={lora_A: -1}",), "greater than 0"),
+        (("freeze.layers=3",), "set method=freeze"),
+        (("method=full", "lora.loraplus_ratio=16"), "is for adapters"),
+        (("decay=0.5",), "belongs to schedule=wsd"),
+        (("checkpoint_every=2",), "is for checkpointing=full"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_read(overrides, said):

@@ -86,6 +86,7 @@ def main() -> None:
     # Large CPU tensors in pages of 2 MiB instead of 4 KiB: a training step streams through hundreds of megabytes.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)(\..*)?")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"peft\..*")  # of options that graft sets for it
     for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # PEFT imports them, and each speaks of itself
         logging.getLogger(library).setLevel(logging.ERROR)
     # As an ordinary way out, so that what was begun is cleared away; training has a handler of its own.

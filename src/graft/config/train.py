@@ -178,7 +178,7 @@ class Train(Settings):
 
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate; None is 2e-4 for adapters and 2e-5 where the model's own weights are trained."""
-    lr_patterns: dict[str, float] = Field(default_factory=dict)
+    lr_patterns: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Another peak learning rate for parameters by name: {regular expression: rate}; the first one found counts."""
     schedule: Schedule = "cosine"
     """How the rate falls after the warm-up; `wsd` stays at the peak until the last `decay` of the steps."""
@@ -296,6 +296,7 @@ def _contradictions(s: Train) -> Iterator[str | bool]:
         and not (s.freeze.layers or s.freeze.patterns)
         and "method=freeze trains nothing with freeze.layers 0 and no freeze.patterns; give one of them"
     )
+    yield from _without_effect(s)
     yield (
         s.label_smoothing > 0
         and s.loss == "dft"
@@ -335,6 +336,30 @@ def _contradictions(s: Train) -> Iterator[str | bool]:
             and its != default
             and f"optimizer={s.optimizer} has no {setting} ({its} given); its own options go into optimizer_options"
         )
+
+
+def _without_effect(s: Train) -> Iterator[str | bool]:
+    """Settings that another one leaves without effect: whoever gave them believes something else."""
+    yield (
+        s.freeze != Freeze()
+        and s.method != "freeze"
+        and f"freeze.layers or freeze.patterns is given but method is {s.method}; set method=freeze, or leave it out"
+    )
+    yield (
+        s.lora.loraplus_ratio is not None
+        and s.trains_own_weights
+        and f"lora.loraplus_ratio {s.lora.loraplus_ratio} is for adapters, but method is {s.method}; leave it out"
+    )
+    yield (
+        s.decay != Train.model_fields["decay"].default
+        and s.schedule != "wsd"
+        and f"decay {s.decay} belongs to schedule=wsd, but schedule is {s.schedule}; set schedule=wsd, or leave it out"
+    )
+    yield (
+        s.checkpoint_every > 1
+        and s.checkpointing not in ("full", "auto")
+        and f"checkpoint_every {s.checkpoint_every} is for checkpointing=full, but checkpointing is {s.checkpointing}"
+    )
 
 
 def _contradictions_in_backward(s: Train) -> Iterator[str | bool]:
