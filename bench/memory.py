@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -60,7 +59,7 @@ def measure(side: str, setting: str, work: Path) -> dict[str, float]:
     from transformers import AutoTokenizer
 
     from graft.config.train import load_train
-    from graft.model.device import keep_freed_memory
+    from graft.model.device import keep_freed_memory, memory_gib
     from graft.model.remember import remember
     from graft.runs import RunFolder
     from graft.train.prepare import prepare
@@ -95,7 +94,7 @@ def measure(side: str, setting: str, work: Path) -> dict[str, float]:
                 None, rows, tokens, settings, micro, loss,
                 lambda step: ends.append(time.process_time()), out, checkpointing=kept == "full",
             )  # fmt: skip
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = memory_gib(torch.device("cpu")) * 1024
     return {"mib": peak - before - weights, "seconds": ends[-1] - ends[-2], "tokens": sum(tokens) / len(tokens)}
 
 

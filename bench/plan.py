@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -82,7 +81,10 @@ def graft(words: list[str], environment: dict[str, str]) -> tuple[str, int]:
 
 
 def child(words: list[str]) -> None:
+    import torch
+
     from graft.cli.main import main as run_graft
+    from graft.model.device import memory_gib
 
     sys.argv = ["graft", *words]
     try:
@@ -90,8 +92,7 @@ def child(words: list[str]) -> None:
     except SystemExit as ended:
         if ended.code:
             raise
-    per_unit = 1 if sys.platform == "darwin" else 1024
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * per_unit)
+    print(int(memory_gib(torch.device("cpu")) * 2**30))
 
 
 def case(size: str, method: str, row_tokens: int, checkpointing: str, batch: int, work: Path) -> dict[str, Any]:

@@ -10,6 +10,12 @@ import typer
 from graft.config.engine import EngineName
 from graft.errors import ConfigError
 
+RecipeAndSettings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[RECIPE.yaml] [KEY=VALUE ...]", help="A recipe and settings that override it."),
+]
+ModelToTrain = Annotated[str | None, typer.Option(help="Model folder or Hugging Face id.")]
+TrainingData = Annotated[list[str] | None, typer.Option(help="Training data; may be given several times.")]
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="Run, model or adapter folder, or Hugging Face id.")]
 BasePath = Annotated[str | None, typer.Option(help="Base model of an adapter, where it is not where the adapter says.")]
 EngineOption = Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graft.cli.options import sort_words
+from graft.cli.options import ModelToTrain, RecipeAndSettings, TrainingData, sort_words
 from graft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,12 +18,9 @@ UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 def plan(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[RECIPE.yaml] [KEY=VALUE ...]", help="A recipe and settings that override it."),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Model folder or Hugging Face id.")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Training data; may be given several times.")] = None,
+    words: RecipeAndSettings = None,
+    model: ModelToTrain = None,
+    data: TrainingData = None,
     memory: Annotated[
         str | None, typer.Option(help="Memory to fit into, for example 16GiB; else what is free here.")
     ] = None,

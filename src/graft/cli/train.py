@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graft.cli.options import sort_words
+from graft.cli.options import ModelToTrain, RecipeAndSettings, TrainingData, sort_words
 from graft.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -16,12 +16,9 @@ if TYPE_CHECKING:
 
 
 def train(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[RECIPE.yaml] [KEY=VALUE ...]", help="A recipe and settings that override it."),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Model folder or Hugging Face id.")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Training data; may be given several times.")] = None,
+    words: RecipeAndSettings = None,
+    model: ModelToTrain = None,
+    data: TrainingData = None,
     val: Annotated[list[str] | None, typer.Option(help="Validation data; else 5 % of the data are held out.")] = None,
     test: Annotated[list[str] | None, typer.Option(help="Test data, kept for graft eval.")] = None,
     out: Annotated[str | None, typer.Option(help="Run folder; else runs/MODEL-DATA.")] = None,
