@@ -5,29 +5,27 @@ prepare data -> load model -> validate -> (rows -> gradient -> update -> log, va
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
 from torch import Tensor
 
-from graft.config.train import Train, load_train
+from graft.config.train import Train
 from graft.console import Advance, note, progress, warn
 from graft.errors import Diverged, InputError, Interrupted
 from graft.model.adapters import trainable
-from graft.model.device import memory_gib, pick_device, pick_precision, prepare_device
+from graft.model.device import pick_device, pick_precision, prepare_device
 from graft.model.load import load_weights
 from graft.model.router import RouterWatch
 from graft.model.save import save_model
-from graft.runs import RunFolder, append_jsonl, make_writable, new_run_folder, read_jsonl, write_atomic
+from graft.runs import RunFolder, write_atomic
 from graft.tokens.tree import sharing, total_weight
 from graft.train.average import EMA, LIVE, Average, live_tensors, load_live
 from graft.train.checkpoint import (
@@ -44,6 +42,8 @@ from graft.train.foresee import explained_out_of_memory, foresee, is_small
 from graft.train.formats import refuse_base, trained_in
 from graft.train.in_backward import refuse_steps_of_several_rows
 from graft.train.load import check_context, load_for_training, longest_example
+from graft.train.log import Log, Update, Window
+from graft.train.open_run import open_run, write_settings
 from graft.train.optim import (
     load_optimizer_state,
     make_optimizer,
@@ -87,86 +87,6 @@ def train(settings: Train) -> RunFolder:
     return run
 
 
-def open_run(settings: Train) -> tuple[Train, RunFolder]:
-    """The run folder and every effective setting; a resumed run keeps its date and its rows.
-
-    Raises:
-        InputError: the folder cannot be written, holds another run, or holds none to resume.
-    """
-    name = f"{Path(settings.model).name}-{Path(settings.data[0].path).stem}"
-    run = new_run_folder(settings.out, name)
-    if run.begun() and not settings.resume:
-        raise InputError(f"{run.root}: holds a run already; continue it with resume=true, or choose another out=DIR")
-    if not run.exists() and any((run.root / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise InputError(f"{run.root}: holds a model; choose another out=DIR, so that no file of it is touched")
-    if settings.resume and not run.exists():
-        raise InputError(f"{run.root}: there is no run to resume; start it without resume=true")
-    make_writable(run.root)
-    if settings.resume:
-        settings = _as_begun(settings, load_train(run.config))
-    effective = {
-        "out": str(run.root),
-        "lr": settings.peak_lr,
-        "row_tokens": "auto" if settings.row_tokens == "auto" else settings.row_budget,
-    }
-    return with_date(settings).model_copy(update=effective), run
-
-
-def _as_begun(settings: Train, begun: Train) -> Train:
-    """What a run found out when it began, it keeps: its date, and the rows that fitted then."""
-    date = begun.encode.date or settings.encode.date
-    row_tokens = begun.row_tokens if settings.row_tokens == "auto" else settings.row_tokens
-    encode = settings.encode.model_copy(update={"date": date})
-    return settings.model_copy(update={"encode": encode, "row_tokens": row_tokens})
-
-
-def with_date(settings: Train) -> Train:
-    """The settings with today's date for templates, where none is given."""
-    date = settings.encode.date or datetime.datetime.now().astimezone().date().isoformat()
-    return settings.model_copy(update={"encode": settings.encode.model_copy(update={"date": date})})
-
-
-def write_settings(settings: Train, run: RunFolder) -> None:
-    """config.yaml with every effective value; it is a recipe too, and names files so that it serves from anywhere."""
-    saved = settings.model_dump(mode="json", exclude={"resume"})
-    files = [(source, "path") for source in (*saved["data"], *saved["val"], *saved["test"])]
-    for holder, key in (*files, (saved, "model"), (saved, "init_from"), (saved["encode"], "template")):
-        holder[key] = _from_anywhere(holder[key])
-    write_atomic(run.config, yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
-
-
-def _from_anywhere(name: str | None) -> str | None:
-    """The absolute path of a file, a folder or a part of one (`FILE#PART`); any other name as it is."""
-    if name is None or Path(name).exists():
-        return name and str(Path(name).resolve())
-    file, sign, part = name.rpartition("#")
-    return f"{Path(file).resolve()}{sign}{part}" if file and Path(file).exists() else name
-
-
-@dataclass(slots=True)
-class Window:
-    """What was added up since the last logged step."""
-
-    nll: float = 0.0
-    objective: float = 0.0
-    weight: float = 0.0
-    computed: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    router_aux: float = 0.0
-    expert_load: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """What one optimizer step did."""
-
-    loss: float
-    lr: float
-    grad_norm: float
-    """Before clipping."""
-
-
 class Fit:
     """A run in memory: the model, its optimiser and where they stand."""
 
@@ -192,12 +112,11 @@ class Fit:
         free = settings.optimizer == "schedule_free_adamw"
         self.average = Average(self.parameters, self.optimizer, settings.ema, free)
         self.state = State(step=0, made_of=prepared.made_of)
-        self.window = Window()
-        self.last_val: float | None = None
+        self.log = Log(run, self.total_steps)
         if checkpoint is not None:
             self._restore(checkpoint)
         write_settings(settings, run)  # not before: a resume that was refused must leave the folder as it was
-        self._drop_metrics_after(self.state.step)
+        self.log.drop_after(self.state.step)
         self.val_examples = prepared.val.examples(range(len(prepared.val)))
         found = {"counts": prepared.counts, "thinking": prepared.thinking}
         environment = describe_environment(device, prepared.made_of) | found
@@ -246,9 +165,10 @@ class Fit:
                 skipped_in_a_row=self.stepper.skipped_in_a_row,
             )
             done = self.state.step == self.total_steps
-            advance(1, self._said(update))
+            advance(1, self.log.said(update))
             if self.state.step % self.settings.log_every == 0 or done:
-                self._log(update)
+                epoch = self.prepared.plan.epoch_at(self.state.step)
+                self.log.write_steps(self.state.step, epoch, update, self.stepper)
             better = False
             if self.state.step % eval_every == 0 or done:
                 better = self._validate(stop)
@@ -290,7 +210,7 @@ class Fit:
             self.state,
             optimizer=optimizer_numbers(self.optimizer, self.parameters),
             scaler=self.stepper.scaler.state_dict(),
-            window=asdict(self.window),
+            window=asdict(self.log.window),
         )
         with self.average.judged():
             save_checkpoint(self.run, self.lm.model, self.prepared.renderer, tensors, state, self.start)
@@ -316,18 +236,12 @@ class Fit:
         if self.stepper.skipped == skipped:
             self.average.follow()
         shared = sharing(examples, rows)
-        self.window.objective += sums.loss
-        self.window.nll += sums.nll
-        self.window.weight += weight
-        self.window.computed += shared.nodes
-        self.window.tokens += shared.tokens
-        if self.stepper.routed is not None:
-            self.window.router_aux = self.stepper.aux
-            self.window.expert_load = self.stepper.routed.heaviest
-        self.window.seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        update = Update(sums, weight, lr, shared.nodes, shared.tokens, seconds)
+        self.log.add(update, self.stepper)
         if self.settings.trace:
-            self._trace(step, examples, rows)
-        return Update(sums.nll / weight if weight else 0.0, lr, sums.norm)
+            self.log.write_trace(step, examples, rows)
+        return update
 
     def _validate(self, stop: threading.Event) -> bool:
         """Validate and log; whether this is the best so far."""
@@ -340,13 +254,7 @@ class Fit:
         except Stopped:
             self._stop_here()
         self.state = replace(self.state, unvalidated=False)
-        row = {"kind": "val", "step": self.state.step, "loss": found.loss, "token_accuracy": found.token_accuracy}
-        append_jsonl(self.run.metrics, _finite(row | {"tokens": found.tokens}))
-        self.last_val = found.loss
-        note(
-            f"step {self.state.step}/{self.total_steps}: validation loss {found.loss:.4f}, "
-            f"token accuracy {found.token_accuracy:.1%}"
-        )
+        self.log.write_validation(self.state.step, found)
         best = self.state.best_loss
         better = math.isfinite(found.loss) and (best is None or found.loss < best)
         if better:
@@ -361,40 +269,6 @@ class Fit:
             return False
         note(f"stopping early: no better validation loss than {self.state.best_loss:.4f} for {patience} validations")
         return True
-
-    def _said(self, update: Update) -> str:
-        """What stands beside the progress bar."""
-        val = "" if self.last_val is None else f"  val {self.last_val:.4f}"
-        return f"loss {update.loss:.4f}{val}"
-
-    def _log(self, update: Update) -> None:
-        """One line for the steps since the last one."""
-        window, self.window = self.window, Window()
-        row: dict[str, Any] = {
-            "kind": "train",
-            "step": self.state.step,
-            "epoch": round(self.prepared.plan.epoch_at(self.state.step), 4),
-            "loss": window.nll / window.weight if window.weight else 0.0,
-            "lr": update.lr,
-            "grad_norm": update.grad_norm,
-            "tokens_computed": window.computed,
-            "tokens_trained": window.weight,
-            "sharing": round(window.tokens / window.computed, 4) if window.computed else 1.0,
-            "tokens_per_s": round(window.computed / window.seconds, 1) if window.seconds else 0.0,
-            "memory_gib": round(memory_gib(self.lm.device), 3),
-        }
-        if not self.stepper.objective.plain:
-            row["objective"] = window.objective / window.weight if window.weight else 0.0
-        if self.stepper.router is not None:
-            row["router_aux_loss"], row["expert_load_max"] = window.router_aux, round(window.expert_load, 3)
-        if self.stepper.skipped:
-            row["skipped"] = self.stepper.skipped
-        append_jsonl(self.run.metrics, _finite(row))
-
-    def _trace(self, step: int, examples: Any, rows: Any) -> None:
-        ids = list(dict.fromkeys(example.conversation for example in examples))
-        shapes = [{"rank": 0, "nodes": len(row), "conversations": list(row.conversations)} for row in rows]
-        append_jsonl(self.run.trace, {"step": step + 1, "conversations": ids, "rows": shapes})
 
     def _refuse_if_not_finite(self) -> None:
         """No checkpoint of spoilt weights may push out a good one.
@@ -423,7 +297,7 @@ class Fit:
         self.state = state
         self.stepper.skipped = state.skipped
         self.stepper.skipped_in_a_row = state.skipped_in_a_row
-        self.window = Window(**state.window)
+        self.log.window = Window(**state.window)
         if state.scaler:
             self.stepper.scaler.load_state_dict(dict(state.scaler))
         note(f"resuming after step {state.step} of {self.total_steps}")
@@ -441,13 +315,6 @@ class Fit:
         load_live(self.parameters, tensors)
         self.average.load(tensors)
 
-    def _drop_metrics_after(self, step: int) -> None:
-        """What was logged after the checkpoint will be logged again."""
-        for path in (self.run.metrics, self.run.trace):
-            if path.is_file():
-                kept = [row for row in read_jsonl(path) if step and row.get("step", step + 1) <= step]
-                write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
-
     def _say_what_is_trained(self) -> None:
         trained = sum(p.numel() for p in self.parameters.values())
         total = sum(p.numel() for p in self.lm.model.parameters())
@@ -456,8 +323,3 @@ class Fit:
             f"{self.settings.method}: {trained:,} of {total:,} parameters, "
             f"{self.precision.compute} on {self.lm.device}, {how}; {self.total_steps} steps"
         )
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """NaN and infinity as text: JSON has neither, and another reader must not choke on the line that matters most."""
-    return {key: str(x) if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
