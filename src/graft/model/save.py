@@ -23,46 +23,50 @@ def save_model(
     folder: Path,
     dtype: torch.dtype | None = None,
     start: Mapping[str, Tensor] | None = None,
+    state: dict[str, Tensor] | None = None,
 ) -> None:
     """Write an adapter folder or a model folder; `dtype` is the format of a full model's weights, None as they are.
+    `state` holds the weights of a model that is spread over processes (model/shard.py), None the model's own.
 
     `start` is what an adapter began as where that was subtracted from the base: the difference is saved, for the base
     as others have it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
-        _save_adapter(model, folder, start)
+        _save_adapter(model, folder, start, state)
     else:
-        _save_full(model, folder, dtype)
+        _save_full(model, folder, dtype, state)
     renderer.save(folder)
     _stop_set(plain(model), renderer).save_pretrained(folder)
 
 
-def _save_adapter(model: PeftModel, folder: Path, start: Mapping[str, Tensor] | None) -> None:
+def _save_adapter(
+    model: PeftModel, folder: Path, start: Mapping[str, Tensor] | None, state: Mapping[str, Tensor] | None
+) -> None:
     config = model.peft_config["default"]
     named = config.base_model_name_or_path
     if named and os.path.isdir(named):  # noqa: PTH112  # it may be an id, which Path would rewrite
         config.base_model_name_or_path = str(Path(named).resolve())
     if start is not None:
         assert isinstance(config, LoraConfig)
-        on_base, tensors = as_difference(config, adapter_tensors(model), start)
+        on_base, tensors = as_difference(config, adapter_tensors(model, state), start)
         on_base.inference_mode = True
         on_base.save_pretrained(str(folder))
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         return
     # PEFT would otherwise ask the hub whether the vocabulary was resized; new rows are saved by themselves.
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
     (folder / "README.md").unlink(missing_ok=True)  # an unfilled model card form
 
 
-def _save_full(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> None:
+def _save_full(
+    model: PreTrainedModel, folder: Path, dtype: torch.dtype | None, state: dict[str, Tensor] | None
+) -> None:
     attention = model.config._attn_implementation
     model.set_attn_implementation("eager")  # graft's own names mean nothing to other programs
-    state = None
     if dtype is not None:
-        state = {
-            name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()
-        }
+        kept = model.state_dict() if state is None else state
+        state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in kept.items()}
     before = model.config.dtype
     if dtype is not None:
         model.config.dtype = dtype

@@ -69,6 +69,7 @@ def save_checkpoint(
     optimizer: Mapping[str, Tensor],
     state: State,
     start: Mapping[str, Tensor] | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write checkpoints/step-N; at any moment the folder is complete or not there.
 
@@ -80,7 +81,7 @@ def save_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        save_model(model, renderer, aside, start=start)
+        save_model(model, renderer, aside, start=start, state=weights)
         save_file(dict(optimizer), aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
         put_in_place(aside, final)

@@ -21,12 +21,14 @@ from graft.config.train import Train
 from graft.console import Advance, note, progress, warn
 from graft.errors import Diverged, InputError, Interrupted
 from graft.model.adapters import trainable
-from graft.model.device import pick_device, pick_precision, prepare_device
+from graft.model.device import pick_precision, prepare_device
 from graft.model.load import load_weights
+from graft.model.ranks import ALONE, Ranks, ranks_from_environment
 from graft.model.router import RouterWatch
 from graft.model.save import save_model
+from graft.model.shard import local, whole_state
 from graft.runs import RunFolder, write_atomic
-from graft.tokens.tree import sharing, total_weight
+from graft.tokens.tree import total_weight
 from graft.train.average import EMA, LIVE, Average, live_tensors, load_live
 from graft.train.checkpoint import (
     State,
@@ -43,7 +45,7 @@ from graft.train.formats import refuse_base, trained_in
 from graft.train.in_backward import refuse_steps_of_several_rows
 from graft.train.load import check_context, load_for_training, longest_example
 from graft.train.log import Log, Update, Window
-from graft.train.open_run import open_run, write_settings
+from graft.train.open_run import write_settings
 from graft.train.optim import (
     load_optimizer_state,
     make_optimizer,
@@ -51,10 +53,12 @@ from graft.train.optim import (
     optimizer_state,
     set_learning_rate,
 )
-from graft.train.prepare import Prepared, prepare
+from graft.train.prepare import Prepared
 from graft.train.rows import look_at_rows
 from graft.train.schedule import learning_rate
+from graft.train.share import rows_of_rank, rows_of_step
 from graft.train.signals import stop_requests
+from graft.train.together import joined, newest_of_all, open_together, prepare_together, refuse_with_ranks
 from graft.train.tuning import check_tuning, embeddings_of, make_stepper
 from graft.train.validate import Stopped, validate
 
@@ -65,15 +69,23 @@ def train(settings: Train) -> RunFolder:
     Raises:
         GraftError: the settings, data or model cannot serve, the run diverged, or was interrupted (all saved).
     """
+    ranks = ranks_from_environment()
+    with ranks.said_once():
+        return _train(settings, ranks)
+
+
+def _train(settings: Train, ranks: Ranks) -> RunFolder:
     check_tuning(settings)
     refuse_base(settings)
-    settings, run = open_run(settings)
-    prepared = prepare(settings, run)
+    refuse_with_ranks(settings, ranks)
+    settings, run = open_together(settings, ranks)
+    prepared = prepare_together(settings, run, ranks)
     if settings.optimizer_in_backward:
         refuse_steps_of_several_rows(prepared.plan, prepared.train, settings.row_budget, settings.trees)
-    settings = foresee(settings, prepared)
-    with explained_out_of_memory(settings, prepared):
-        fit = Fit(settings, run, prepared)
+    if ranks.size == 1:
+        settings = foresee(settings, prepared)
+    with explained_out_of_memory(settings, prepared), joined(settings, prepared, ranks) as device:
+        fit = Fit(settings, run, prepared, device, ranks)
         with stop_requests() as stop, progress("training", prepared.plan.total_steps, fit.state.step) as advance:
             try:
                 if not is_small(settings, prepared):
@@ -90,38 +102,49 @@ def train(settings: Train) -> RunFolder:
 class Fit:
     """A run in memory: the model, its optimiser and where they stand."""
 
-    def __init__(self, settings: Train, run: RunFolder, prepared: Prepared) -> None:
+    def __init__(
+        self, settings: Train, run: RunFolder, prepared: Prepared, device: torch.device, ranks: Ranks = ALONE
+    ) -> None:
         """Load the model and, for a resumed run, put everything back to where its newest checkpoint was."""
         self.settings = settings
         self.run = run
         self.prepared = prepared
+        self.ranks = ranks
+        self.saves = 0
         self.total_steps = prepared.plan.total_steps
-        device = pick_device(settings.device)
         prepare_device(device)
         self.precision = trained_in(settings, pick_precision(settings.precision, device))
-        checkpoint = newest_checkpoint(run) if settings.resume else None
-        ready = load_for_training(settings, self.precision, device, checkpoint, prepared)
+        checkpoint = newest_of_all(run, ranks) if settings.resume else None
+        ready = load_for_training(settings, self.precision, device, checkpoint, prepared, ranks)
         self.lm, self.final_dtype, self.start = ready.lm, ready.final_dtype, ready.start
         check_context(self.lm, settings.model, longest_example(prepared))
         self.parameters = trainable(self.lm.model)
         self.optimizer = make_optimizer(self.parameters, embeddings_of(self.lm, settings), settings)
-        self.stepper = make_stepper(self.lm, self.parameters, self.optimizer, self.precision, settings)
+        self.stepper = make_stepper(self.lm, self.parameters, self.optimizer, self.precision, settings, ranks)
         asked = settings.router_aux_loss
         if asked is not None:
             self.stepper.router = RouterWatch(self.lm, None if asked == "auto" else asked)
         free = settings.optimizer == "schedule_free_adamw"
         self.average = Average(self.parameters, self.optimizer, settings.ema, free)
         self.state = State(step=0, made_of=prepared.made_of)
-        self.log = Log(run, self.total_steps)
+        self.log = Log(run, self.total_steps, writes=ranks.first)
         if checkpoint is not None:
             self._restore(checkpoint)
-        write_settings(settings, run)  # not before: a resume that was refused must leave the folder as it was
         self.log.drop_after(self.state.step)
         self.val_examples = prepared.val.examples(range(len(prepared.val)))
-        found = {"counts": prepared.counts, "thinking": prepared.thinking}
-        environment = describe_environment(device, prepared.made_of) | found
-        write_atomic(run.environment, json.dumps(environment, indent=1, ensure_ascii=False))
+        if ranks.first:  # not before: a resume that was refused must leave the folder as it was
+            write_settings(settings, run)
+            self._write_environment()
         self._say_what_is_trained()
+
+    def _write_environment(self) -> None:
+        found = {
+            "counts": self.prepared.counts,
+            "thinking": self.prepared.thinking,
+            "processes": self.ranks.size,
+        }
+        environment = describe_environment(self.lm.device, self.prepared.made_of) | found
+        write_atomic(self.run.environment, json.dumps(environment, indent=1, ensure_ascii=False))
 
     def rehearse(self, stop: threading.Event) -> None:
         """Compute the plan's heaviest rows first and forget them, so that memory runs out now or never.
@@ -136,7 +159,7 @@ class Fit:
         self.lm.model.train()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for row in look_at_rows(self.prepared, self.settings.row_budget, self.lm).heaviest:
-                if stop.is_set():  # the loop sees it too, and saves
+                if self.ranks.any(stop.is_set()):  # the loop sees it too, and saves
                     break
                 self.stepper.count_experts([row], self.state.step)  # forgets those of another row
                 self.stepper.accumulate(row, (self.state.step, 0), 1.0)
@@ -187,16 +210,21 @@ class Fit:
             note(f"final/ holds the weights of step {best}, which had the best validation loss")
             self._go_back(self.run.checkpoints / f"step-{best}")
         self.average.keep()
+        weights = whole_state(self.lm.model) if self.ranks.size > 1 else None
+        self.ranks.from_first("final", lambda: self._write_final(weights))
+        if self.stepper.skipped:
+            warn(f"{self.stepper.skipped} of {self.total_steps} steps were skipped because they were not finite")
+
+    def _write_final(self, weights: dict[str, Tensor] | None) -> str:
         aside = self.run.root / ".final.tmp"
         try:
-            save_model(self.lm.model, self.prepared.renderer, aside, self.final_dtype, self.start)
+            save_model(self.lm.model, self.prepared.renderer, aside, self.final_dtype, self.start, weights)
             put_in_place(aside, self.run.final)
         except OSError as error:
             raise InputError(
                 f"{self.run.final}: cannot be saved ({error.strerror}); free some space and resume"
             ) from None
-        if self.stepper.skipped:
-            warn(f"{self.stepper.skipped} of {self.total_steps} steps were skipped because they were not finite")
+        return str(self.run.final)
 
     def save(self) -> None:
         """A checkpoint of this moment; older ones than `keep_last` go, never the best."""
@@ -213,34 +241,48 @@ class Fit:
             window=asdict(self.log.window),
         )
         with self.average.judged():
-            save_checkpoint(self.run, self.lm.model, self.prepared.renderer, tensors, state, self.start)
-        prune(self.run, self.settings.keep_last, self.state.best_step)
+            weights = whole_state(self.lm.model) if self.ranks.size > 1 else None
+
+            def write() -> str:
+                saved = save_checkpoint(
+                    self.run, self.lm.model, self.prepared.renderer, tensors, state, self.start, weights
+                )
+                prune(self.run, self.settings.keep_last, self.state.best_step)
+                return str(saved)
+
+            self.saves += 1
+            self.ranks.from_first(f"checkpoint {self.saves}", write)
 
     def _update(self, step: int, stop: threading.Event) -> Update | None:
         """One optimizer step over the conversations of the plan; None where a stop was asked for before it was made."""
         started = time.perf_counter()
         examples = self.prepared.train.examples(self.prepared.plan.step(step))
-        rows = self.lm.rows(examples, self.settings.row_budget)
+        budget = self.settings.row_budget
+        mine = rows_of_step(self.lm, examples, budget, self.ranks)
         weight = total_weight(examples)
         lr = learning_rate(step, self.total_steps, self.settings)
         set_learning_rate(self.optimizer, lr)
         of_rows = []
-        self.stepper.count_experts(rows, step)
-        for number, row in enumerate(rows):
-            of_rows.append(self.stepper.accumulate(row, (step, number), weight))
-            if stop.is_set() and self.stepper.revocable:
-                self.stepper.discard()
-                return None
+        self.stepper.count_experts(mine.rows, step)
+        for index, row in enumerate(mine.rows):
+            of_rows.append(self.stepper.accumulate(row, (step, mine.number_of(index)), weight))
+            if stop.is_set() and self.stepper.revocable and self.ranks.size == 1:
+                break
+        for row in mine.idle:
+            self.stepper.idle(row, (step, 0))
+        if self.stepper.revocable and self.ranks.any(stop.is_set()):
+            self.stepper.discard()
+            return None
         skipped = self.stepper.skipped
         sums = self.stepper.update(of_rows, weight, step + 1)
         if self.stepper.skipped == skipped:
             self.average.follow()
-        shared = sharing(examples, rows)
-        seconds = time.perf_counter() - started
-        update = Update(sums, weight, lr, shared.nodes, shared.tokens, seconds)
+        tokens = sum(len(example.ids) for example in examples)
+        update = Update(sums, weight, lr, mine.nodes, tokens, time.perf_counter() - started)
         self.log.add(update, self.stepper)
         if self.settings.trace:
-            self.log.write_trace(step, examples, rows)
+            of_all = [rows_of_rank(self.lm, examples, budget, self.ranks, rank) for rank in range(self.ranks.size)]
+            self.log.write_trace(step, examples, of_all)
         return update
 
     def _validate(self, stop: threading.Event) -> bool:
@@ -250,7 +292,7 @@ class Fit:
         self.state = replace(self.state, unvalidated=True)
         try:
             with self.average.judged():
-                found = validate(self.lm, self.val_examples, self.settings.row_budget, self.precision, stop)
+                found = validate(self.lm, self.val_examples, self.settings.row_budget, self.precision, stop, self.ranks)
         except Stopped:
             self._stop_here()
         self.state = replace(self.state, unvalidated=False)
@@ -276,12 +318,12 @@ class Fit:
         Raises:
             Diverged: a trained weight is NaN or infinite.
         """
-        for name, parameter in self.parameters.items():
-            if not bool(torch.isfinite(parameter).all()):
-                raise Diverged(
-                    f"step {self.state.step}: {name} is no longer finite, so nothing of it is saved. Lower lr "
-                    f"(now {self.settings.peak_lr}) and start again"
-                )
+        bad = next((name for name, p in self.parameters.items() if not bool(torch.isfinite(local(p)).all())), None)
+        if self.ranks.any(bad is not None):
+            raise Diverged(
+                f"step {self.state.step}: {bad or 'a weight'} is no longer finite, so nothing of it is saved. Lower lr "
+                f"(now {self.settings.peak_lr}) and start again"
+            )
 
     def _stop_here(self) -> NoReturn:
         self.save()

@@ -14,7 +14,7 @@ What is trained on is an `Objective` of the logits z at each predictor with labe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +50,7 @@ class Objective:
 PLAIN = Objective()
 
 
-@dataclass(frozen=True, slots=True)
-class Summed:
+class Summed(NamedTuple):
     """What a row, a step or a set adds up to."""
 
     loss: Tensor
@@ -64,6 +63,11 @@ class Summed:
 
 def row_loss(lm: TreeLM, tree: TreeRow, objective: Objective = PLAIN) -> Summed:
     """Summed loss of one row; zero for a row without targets."""
+    summed: Summed = lm.enter(lambda: _row_loss(lm, tree, objective))
+    return summed
+
+
+def _row_loss(lm: TreeLM, tree: TreeRow, objective: Objective) -> Summed:
     if lm.logit_shape is None:
         return logits_nll(lm.logits(tree), tree.labels, tree.weights, objective)
     states = lm.states(tree)

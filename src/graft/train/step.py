@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from graft.errors import Diverged
 from graft.model.attention import TreeRow
 from graft.model.device import Precision
+from graft.model.ranks import ALONE, Ranks
 from graft.model.router import Routed, RouterWatch, share_of_aux
+from graft.model.shard import local, whole
 from graft.model.trees import TreeLM
 from graft.train.loss import PLAIN, Objective, Summed, row_loss
 from graft.train.noise import noisy_embedding
@@ -43,11 +45,15 @@ class StepSums(NamedTuple):
     """Of the gradient, before clipping."""
 
     @classmethod
-    def read(cls, rows: Sequence[RowSums], norm: Tensor, device: torch.device) -> StepSums:
-        """Add up what rows gave; here the host waits for the device, once."""
+    def read(cls, rows: Sequence[RowSums], norm: Tensor, device: torch.device, ranks: Ranks = ALONE) -> StepSums:
+        """Add up what rows gave, in all processes; here the host waits for the device, once.
+
+        `norm` is that of the whole gradient already.
+        """
         of_rows = [sums for row in rows for sums in row]
         *read, found = torch.stack([*of_rows, norm.to(device, torch.float32)]).tolist()
-        return cls(sum(read[0::2], 0.0), sum(read[1::2], 0.0), found)
+        loss, nll = ranks.sum(torch.tensor([sum(read[0::2], 0.0), sum(read[1::2], 0.0)], dtype=torch.float64)).tolist()
+        return cls(loss, nll, found)
 
 
 class Stepper:
@@ -66,8 +72,10 @@ class Stepper:
         seed: int,
         objective: Objective = PLAIN,
         neftune_alpha: float | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.lm = lm
+        self.ranks = ranks
         self.parameters = parameters
         self.optimizer = optimizer
         self.precision = precision
@@ -122,6 +130,10 @@ class Stepper:
             self._backward(loss)
         return RowSums(summed.loss.detach(), summed.nll.detach())
 
+    def idle(self, row: Row, number: tuple[int, int]) -> None:
+        """Compute a row for nothing: each process must pass through the model as often as the others."""
+        self._backward(self._row_loss(row, number)[0].loss * 0.0)
+
     def _row_loss(self, row: Row, number: tuple[int, int]) -> tuple[Summed, Routed | None]:
         """A row's sums and what its routers did, where that is asked for."""
         torch.manual_seed(hash((self.seed, *number)) & 0x7FFF_FFFF_FFFF_FFFF)
@@ -153,8 +165,8 @@ class Stepper:
         """
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        sums = StepSums.read(rows, norm, self.lm.device)
+        norm = whole(torch.nn.utils.get_total_norm(gradients)).to(self.lm.device)
+        sums = StepSums.read(rows, norm, self.lm.device, self.ranks)
         finite = math.isfinite(sums.loss) and math.isfinite(sums.norm)
         if finite and self.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip, norm)
@@ -182,6 +194,6 @@ class Stepper:
 
     def _first_bad_gradient(self) -> str | None:
         for name, parameter in self.parameters.items():
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            if parameter.grad is not None and not bool(torch.isfinite(local(parameter.grad)).all()):
                 return f"first in {name}"
         return None
