@@ -11,6 +11,7 @@ import typer
 from graft.cli.chat import chat
 from graft.cli.data.app import app as data
 from graft.cli.demo import demo
+from graft.cli.doctor import doctor
 from graft.cli.evaluate import evaluate
 from graft.cli.plan import plan
 from graft.cli.plot import plot
@@ -41,6 +42,7 @@ app.command()(predict)
 app.command()(chat)
 app.command()(plot)
 app.command()(schema)
+app.command()(doctor)
 
 
 def _paragraphs(text: str) -> str:

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from graft.errors import InputError, first_line, said
-from graft.model.device import pick_device, pick_precision
+from graft.model.device import pick_device, pick_precision, refuse_elsewhere
 from graft.model.quantize import make_trainable, quantization_config, quiet, refuse_stored
 from graft.model.vocabulary import grow
 
@@ -119,9 +119,14 @@ def load_base(
 
 
 def to_device(model: nn.Module, device: torch.device) -> None:
-    """Move what is not there yet; quantised weights are where they were loaded."""
+    """Move what is not there yet; quantised weights are where they were loaded.
+
+    Raises:
+        ConfigError: some of it stays elsewhere.
+    """
     if any(parameter.device != device for parameter in model.parameters()):
         nn.Module.to(model, device)
+    refuse_elsewhere(model, device)
 
 
 def load_merged(base: str, adapter: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from graft.model.device import device_name
 from graft.version import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy", "accelerate")
@@ -36,9 +37,7 @@ def _version(package: str) -> str | None:
 
 
 def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({platform.processor() or platform.machine()})"
+    return f"{device} ({device_name(device)})"
 
 
 def _git_commit() -> str | None:

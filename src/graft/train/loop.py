@@ -23,7 +23,7 @@ from graft.config.train import Train, load_train
 from graft.console import Advance, note, progress, warn
 from graft.errors import Diverged, InputError, Interrupted
 from graft.model.adapters import trainable
-from graft.model.device import memory_gib, pick_device, pick_precision, prepare_device
+from graft.model.device import memory_gib, pick_device, pick_precision, prepare_device, reset_peak_memory
 from graft.model.load import load_weights
 from graft.model.router import RouterWatch
 from graft.model.save import save_model
@@ -223,8 +223,7 @@ class Fit:
                 self.stepper.accumulate(row, (self.state.step, 0), 1.0)
                 self.stepper.discard()
         self.lm.model.train(training)
-        if device.type == "cuda":  # the log's peak is that of the steps
-            torch.cuda.reset_peak_memory_stats(device)
+        reset_peak_memory(device)  # the log's peak is that of the steps
 
     def loop(self, stop: threading.Event, advance: Advance) -> None:
         """Update by update to the end of the plan."""
