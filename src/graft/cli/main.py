@@ -75,9 +75,11 @@ def main() -> None:
     import logging
     import os
     import signal
+    import traceback
     import warnings
 
     from graft.console import fail
+    from graft.private import hide_user
 
     # What the libraries below say about their own insides is not for the user of graft; errors still are.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -107,3 +109,7 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
         sys.exit(0)
+    except Exception:  # a defect of graft: its traceback is for a report, and may quote what should not be in one
+        sys.stderr.write(hide_user(traceback.format_exc()))
+        fail("this is a defect of graft; please report it with the lines above and with what `graft doctor` prints")
+        sys.exit(1)

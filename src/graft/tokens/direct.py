@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
 
+from graft.tokens.watchdog import bound_operations
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -104,6 +106,7 @@ def _compiled(template: str) -> jinja2.Template | None:
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         compiled: jinja2.Template = _compile_jinja_template(template)
+        bound_operations(compiled, template)
         compiled.globals = dict(compiled.globals)
         return compiled
     return None

@@ -23,6 +23,7 @@ from graft.tokens import chat_template
 from graft.tokens.direct import DirectTemplate
 from graft.tokens.proof import Bytes, bytes_of
 from graft.tokens.tokenise import Spelled, Tokeniser
+from graft.tokens.watchdog import TemplateStopped, watched
 from graft.types import Message
 
 if TYPE_CHECKING:
@@ -80,11 +81,15 @@ class Renderer:
 
         Raises:
             TemplateRefused: the template raises on these messages.
+            TemplateStopped: it takes too long, or too much memory.
         """
         rows = [message_dict(message, self.content_parts, self.string_arguments) for message in messages]
         template = self._direct_tools if tools else self._direct
         try:
-            return template.render(rows, tools, generation_prompt, self.switch_values(thinking))
+            with watched(self.template_name):
+                return template.render(rows, tools, generation_prompt, self.switch_values(thinking))
+        except TemplateStopped:  # not this row's fault alone: the run ends
+            raise
         except Exception as error:  # a template is a program of a stranger: it may raise anything
             raise TemplateRefused(_said(error)) from None
 
