@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 from tiny import CHATML, make_conversations, make_model_folder, make_tokenizer, write_rows
 
 from graft import console
+from graft.config.clean import Cut
 from graft.config.train import load_train
+from graft.data.clean.cut import cut_long
 from graft.data.reading import json_files, json_list, rows
 from graft.data.reading.read import read_rows
 from graft.errors import ConfigError, InputError
@@ -31,7 +33,7 @@ from graft.tokens import watchdog
 from graft.tokens.load import load_renderer
 from graft.tokens.renderer import Renderer, TemplateRefused
 from graft.tokens.watchdog import TemplateStopped, watched
-from graft.types import Message
+from graft.types import Conversation, Message, Origin
 from graft.use.open import resolve
 
 TALK = [Message("user", "hi"), Message("assistant", "ho")]
@@ -296,6 +298,14 @@ def test_a_template_without_end_is_ended(monkeypatch, template):
         _renderer(template).render(TALK)
     assert time.process_time() - began < 10
     assert _renderer(CHATML).render(TALK)  # nothing is left of it
+
+
+def test_cleaning_ends_too_and_drops_no_rows_for_it():
+    def count(messages, tools):
+        raise TemplateStopped("chat template mine: it computed for more than 10 s")
+
+    with pytest.raises(TemplateStopped):
+        cut_long(Conversation("a", Origin("f", 1), tuple(TALK)), Cut(model="m"), {}, count)
 
 
 @pytest.mark.parametrize("template", [DOUBLES, SWALLOWS])

@@ -16,7 +16,7 @@ HIDDEN = "***"
 _IN_ADDRESS = re.compile(r"(?<=://)[^\s/@'\"]+(?=@)")
 """`user:password` of `https://user:password@host`; the password alone may be a token."""
 _IN_QUERY = re.compile(r"(?i)(?<=[?&])((?:[\w-]*[_-])?(?:key|token|secret|password|signature|sig)=)[^&\s'\"#]+")
-_SECRET_NAME = re.compile(r"(?i)(^|_)(api_?key|key|token|secret|passw(or)?d|credentials?)s?($|_)")
+_SECRET_NAME = re.compile(r"(?i)(^|_)(key|token|secret|credential)s?($|_)|api_?key|passw(or)?d")
 _LEAST_SECRET = 8
 """Shorter values of such variables are dummies (`EMPTY`), and might well be words of another text."""
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ EXTRAS = {
     "vllm": ("vllm",),
 }
 """Graft's optional sets of packages, by the modules that they bring."""
+HEAVY = {"vllm"}
+"""Modules that take a GPU or half a minute when they are imported: only looked for."""
 ENVIRONMENT = (
     "GRAFT_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT",
     "HF_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_SPINCOUNT",
@@ -280,7 +283,10 @@ def _extra(modules: tuple[str, ...]) -> str:
     wrong = []
     for module in modules:
         try:
-            import_module(module)
+            if module not in HEAVY:
+                import_module(module)
+            elif find_spec(module) is None:
+                raise ModuleNotFoundError(name=module)
         except ModuleNotFoundError as error:
             missing = error.name == module
             wrong.append(f"{module} is not installed" if missing else f"{module} breaks ({first_line(error)})")
