@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from graft.errors import ConfigError, first_line
+from graft.private import secret_in
 
 S = TypeVar("S", bound="Settings")
 
@@ -53,7 +54,14 @@ def load(
     for key, value in (flags or {}).items():
         if value is not None:
             _set(values, tuple(key.split(".")), value, f"--{key}")
-    return _validate(model, values, lines, str(recipe) if recipe else "the command line")
+    place = str(recipe) if recipe else "the command line"
+    for path in secret_in(values):
+        where = f"{place}:{lines[path]}" if path in lines else place
+        raise ConfigError(
+            f"{where}: `{'.'.join(path)}` holds a password or a key, and settings are written into files; put it into "
+            "an environment variable or a netrc file, and take it out of the address"
+        )
+    return _validate(model, values, lines, place)
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:

@@ -65,7 +65,7 @@ def check_quantize(kind: str, device: torch.device, dtype: torch.dtype) -> None:
             f"quantize: {kind} needs {wanted.library} ({first_line(error)}); install it: pip install 'graft-llm[quant]'"
         ) from None
     try:
-        worst = _error_of_a_product(kind, device, dtype)
+        worst = error_of_a_product(kind, device, dtype)
     except (ImportError, RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"quantize: {kind} does not work on {device} ({wanted.library}: {first_line(error)}); {instead}"
@@ -117,7 +117,7 @@ def quiet(kind: str) -> None:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def _error_of_a_product(kind: str, device: torch.device, dtype: torch.dtype) -> float:
+def error_of_a_product(kind: str, device: torch.device, dtype: torch.dtype) -> float:
     """The larger relative L2 error of x W^T and its gradient in x, against the same weights in fp32."""
     quiet(kind)
     generator = torch.Generator().manual_seed(0)

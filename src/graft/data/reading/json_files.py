@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from graft.data.reading.json_list import ListError, not_utf8, stream_list
-from graft.data.reading.rows import BOM, File, Raw, make_row, reject_row
+from graft.data.reading.rows import BOM, MOST_ROW, File, Raw, make_row, reject_row
 from graft.data.values import MAX_DEPTH, kind, parse_json
 from graft.errors import InputError
 from graft.types import Origin
 
 WRAPPERS = ("data", "train", "rows")
 """Keys under which a json file that is one object may hold its list of rows."""
+
+MOST_WHOLE = 1 << 31
+"""Bytes of a file that must be held whole: an object around a list of rows, a text."""
 
 
 def read_jsonl(file: File) -> Iterator[Raw]:
@@ -72,13 +76,20 @@ def read_text(file: File) -> Iterator[Raw]:
 
 def _whole(file: File) -> bytes:
     with file.open() as content:
-        return content.read().removeprefix(BOM)
+        data = content.read(MOST_WHOLE + 1)
+    if len(data) > MOST_WHOLE:
+        raise InputError(
+            f"{file.path}: more than {MOST_WHOLE >> 20:,} MiB in one piece; split it, or write jsonl, one row per line"
+        )
+    return data.removeprefix(BOM)
 
 
 def _read_lines(file: File) -> Iterator[Raw]:
     """One JSON object per line. Lines end at \\n only: Unicode has other line ends, and they may stand inside text."""
     with file.open() as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(partial(lines.readline, MOST_ROW), b""), 1):
+            if len(line) == MOST_ROW:
+                raise InputError(f"{file.path}:{number}: a row of more than {MOST_ROW >> 20} MiB; split it, or drop it")
             content = line.removeprefix(BOM) if number == 1 else line
             if content.strip():
                 yield parse_line(file.origin(number), content.rstrip())
