@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from graft.model.attention import TreeRow
 from graft.model.count import HEAD, part
+from graft.model.device import scratch
 from graft.model.trees import LogitShape, TreeLM, shape_logits
 
 CHUNK_ELEMENTS = 2**24
@@ -124,6 +125,13 @@ def _module_nll(
     return summed.loss, summed.nll.detach(), summed.correct.detach()
 
 
+def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """[C, V] the head's product, written to `out` in fp32."""
+    if hidden.dtype != out.dtype:
+        return out.copy_(F.linear(hidden, weight, bias))
+    return torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
+
+
 def _vocabulary(head: nn.Module) -> int:
     sizes = [parameter.shape[0] for parameter in head.parameters() if parameter.dim() == 2]
     return max(sizes) if sizes else CHUNK_ELEMENTS
@@ -161,10 +169,13 @@ class _LinearNLL(torch.autograd.Function):
         chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
         if hidden.device.type == "cpu" and grad_weight is None:  # its gradient would be passed over for each chunk
             chunk = min(chunk, CACHED_ROWS)
+        room = scratch(
+            min(chunk, hidden.shape[0]), weight.shape[0], hidden
+        )  # for the logits of one chunk after another
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             h, y, w = hidden[part].to(dtype), labels[part], weights[part]
-            z = shape_logits(F.linear(h, product, None if bias is None else bias.to(dtype)).float(), shape)
+            z = shape_logits(_product(h, product, None if bias is None else bias.to(dtype), room[: len(h)]), shape)
             at_label = z.gather(1, y[:, None]).squeeze(1)
             largest, best = z.max(dim=1)
             correct += (w * (best == y)).sum()
