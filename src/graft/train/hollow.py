@@ -32,7 +32,7 @@ from graft.model.trees import TreeLM
 from graft.model.vocabulary import grow
 from graft.train.load import stored_dtype, with_new_tokens
 
-QUANTISED = "the bytes of quantised weights are known only when they are loaded"
+QUANTISED = "of quantised weights only those that quantize=nf4 makes are known before they are loaded"
 
 
 class NotCountable(GraftError):
