@@ -1,6 +1,7 @@
 """Devices and formats: what is tried, refused and sent. Most of it shows on a GPU alone, so some devices are fakes."""
 
 import os
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graft import console
 from graft.errors import ConfigError
@@ -22,11 +24,13 @@ from graft.model.device import (
     prepare_device,
     refuse_elsewhere,
     reset_peak_memory,
+    scratch,
     send,
     total_bytes,
     unused_devices,
 )
 from graft.model.load import to_device
+from graft.model.machine import resident
 from graft.model.probe_device import FORMATS, Tried, best_format, try_attention, try_format, try_fused_adamw, within
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -56,6 +60,30 @@ def test_cudas_memory_grows_in_segments_unless_the_user_chose(monkeypatch):
             monkeypatch.delenv("PYTORCH_ALLOC_CONF")
         pick_device("cpu")
         assert os.environ["PYTORCH_ALLOC_CONF"] == wanted
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is mapped the Linux way")
+def test_memory_for_a_short_while_is_given_back_at_once_though_the_heap_keeps_what_is_freed():
+    prepare_device(torch.device("cpu"))
+    size = 2**26
+    before = resident()
+    made = scratch(2**12, 2**12, torch.zeros(1)).fill_(1.5)
+    view = made[3:5]
+    del made
+    assert view.sum() == 1.5 * 2**13
+    assert resident() - before > 0.9 * size
+    del view
+    assert resident() - before < 0.1 * size
+    kept = torch.ones(2**12, 2**12)
+    del kept
+    assert resident() - before > 0.9 * size, "the heap gives back nothing"
+
+
+def test_memory_of_a_model_that_is_only_counted_is_not_there():
+    with FakeTensorMode():
+        made = scratch(2**15, 2**15, torch.zeros(1))
+    assert tuple(made.shape) == (2**15, 2**15)
+    assert type(made).__name__ == "FakeTensor"
 
 
 @pytest.mark.gpu

@@ -164,6 +164,8 @@ def _explain(model: type[Settings], item: Any, lines: Mapping[tuple[str, ...], i
             return f"{where}: `{key}` is needed, for example --{key} PATH or `{key}: PATH` in the recipe"
         return f"{where}: `{key}` is needed"
     message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "literal_error" and isinstance(item["input"], str):
+        message += did_you_mean(item["input"], re.findall(r"'([^']*)'", item["ctx"]["expected"]))
     return f"{where}: `{key}` = {item['input']!r}: {message}" if key else f"{where}: {message}"
 
 

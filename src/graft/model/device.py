@@ -8,6 +8,7 @@ whatever a plug-in registers when torch is imported, as `torch_npu` does for Asc
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import platform
 import resource
@@ -35,6 +36,9 @@ DRIVERS = {
 PLUGINS = {"npu": "torch_npu"}
 """Devices that torch knows by a package of their makers."""
 CONTROL_GROUP = Path("/sys/fs/cgroup")
+
+SMALLEST_MAPPING = 2**22
+"""Bytes from which on a passing tensor on the CPU is mapped on its own: its pages are faulted in anew each time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +201,22 @@ def keep_freed_memory() -> None:
         library.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
         library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
         library.mallopt(-2, 2**26)  # M_TOP_PAD: grow by 64 MiB at a time
+
+
+def scratch(rows: int, columns: int, like: Tensor) -> Tensor:
+    """[rows, columns] of fp32 without values, on the device of `like`, for a short while.
+
+    On the CPU a large one is a mapping of its own, which is given back at once. In the heap, which keeps what is freed
+    (`keep_freed_memory`), small tensors would settle in its hole, so that the next one does not fit there any more and
+    the heap grows by as much again.
+    """
+    size = 4 * rows * columns
+    real = like.device.type == "cpu" and type(like) is Tensor  # no fake one, which is only counted
+    if not real or size < SMALLEST_MAPPING or not sys.platform.startswith("linux"):
+        return torch.empty(rows, columns, dtype=torch.float32, device=like.device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)  # a fault for 2 MiB, not for 4 KiB
+    return torch.frombuffer(memory, dtype=torch.float32).view(rows, columns)
 
 
 def memory_gib(device: torch.device) -> float:

@@ -157,6 +157,23 @@ def vocabulary_size(path: str, trust_remote_code: bool = False) -> int | None:
     Raises:
         InputError: the config is missing or of no known architecture.
     """
+    size = _config(path, trust_remote_code).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def layer_count(path: str, trust_remote_code: bool = False) -> int | None:
+    """Decoder layers by the config alone; None where it does not say.
+
+    Raises:
+        InputError: the config is missing or of no known architecture.
+    """
+    config = _config(path, trust_remote_code)
+    counts = (config.get(name) for name in ("num_hidden_layers", "n_layer", "num_layers"))
+    return next((count for count in counts if isinstance(count, int)), None)
+
+
+def _config(path: str, trust_remote_code: bool) -> dict[str, Any]:
+    """The text model's config."""
     local = Path(path).exists()
     if local and not (Path(path) / "config.json").is_file():
         raise InputError(f"{path}: no config.json there; name a model folder as transformers saves it")
@@ -165,8 +182,8 @@ def vocabulary_size(path: str, trust_remote_code: bool = False) -> int | None:
     except (OSError, ValueError, KeyError, ImportError) as error:
         why = explained(error, path) or f"its config cannot be read: {first_line(error)}"
         raise InputError(f"model {path}: {why}") from None
-    size = config.get_text_config().to_dict().get("vocab_size")
-    return size if isinstance(size, int) else None
+    found: dict[str, Any] = config.get_text_config().to_dict()
+    return found
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftModel:

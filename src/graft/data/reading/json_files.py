@@ -48,12 +48,12 @@ def read_json(file: File) -> Iterator[Raw]:
         line = data.count(b"\n", 0, error.start) + 1
         if _has_object_lines(data):
             return _read_lines(file)
-        raise InputError(f"{file.path}:{line}: {not_utf8(error)}") from None
+        raise InputError(f"{file.path}, line {line}: {not_utf8(error)}") from None
     except json.JSONDecodeError as error:
         if _has_object_lines(data):
             return _read_lines(file)
         raise InputError(
-            f"{file.path}:{error.lineno}: broken JSON at column {error.colno} ({error.msg}); "
+            f"{file.path}, line {error.lineno}: broken JSON at column {error.colno} ({error.msg}); "
             "the file must be one list of objects, or one object per line"
         ) from None
     except ValueError as error:
@@ -185,7 +185,8 @@ def _read_list(file: File) -> Iterator[Raw]:
         try:
             yield from _read_elements(file, stream_list(content))
         except ListError as error:
-            raise InputError(f"{file.path}:{error.line}: {error.reason}") from None
+            # In words: `FILE:3` is the third element everywhere else.
+            raise InputError(f"{file.path}, line {error.line}: {error.reason}") from None
 
 
 def _read_elements(file: File, values: Iterable[Any]) -> Iterator[Raw]:
