@@ -171,6 +171,12 @@ class Train(Settings):
     row_tokens: Annotated[int, Field(ge=8)] | Literal["auto"] | None = None
     """Tokens computed in one forward pass, the memory knob; None is max(encode.max_length, 4096), `auto` what fits into
     the memory that is free when the run starts. It does not change the result."""
+    shard_ranks: Annotated[int, Field(ge=1)] | Literal["all", "host"] = "all"
+    """With several processes: how many hold one copy of the weights between them (FSDP2). `all` needs least memory, 1
+    gives each its own copy, `host` one copy per host, so that only gradients travel between hosts. The result is the
+    same."""
+    offload_weights: bool = False
+    """With several processes on accelerators: keep weights and optimizer states in the host's memory between uses."""
     epochs: float = Field(default=3.0, gt=0, le=1_000_000)
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after so many optimizer steps; the schedule is laid over them."""
@@ -216,15 +222,22 @@ class Train(Settings):
     """Validate every so many steps (always at step 0 and at the end too); None is ten times per run."""
     save_every: int | None = Field(default=None, ge=1)
     """Checkpoint every so many steps; None is at every validation."""
+    save_async: Literal["auto"] | bool = "auto"
+    """Write checkpoints while the run goes on, from a copy in the host's memory; `auto` does so where a checkpoint is
+    larger than 1 GiB and the run computes on an accelerator."""
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints kept besides the best one."""
+    keep_optimizer: int | None = Field(default=None, ge=1)
+    """Only so many of the newest checkpoints keep the optimizer's state, without which a run cannot go on exactly; null
+    keeps all. With `patience` the best one keeps it too."""
     patience: int | None = Field(default=None, ge=1)
     """Stop after so many validations without a better loss; `final/` then holds the best weights."""
     log_every: int = Field(default=1, ge=1)
     trace: bool = False
     """Write trace.jsonl: the conversation ids and rows of every optimizer step."""
-    resume: bool = False
-    """Continue the run in `out` from its newest complete checkpoint, exactly as if it had never stopped."""
+    resume: bool | str = False
+    """Continue the run in `out` exactly as if it had never stopped: from its newest complete checkpoint (true), or from
+    the checkpoint folder that is named. `auto` continues what is there, and begins the run where nothing is."""
 
     @property
     def peak_lr(self) -> float:

@@ -32,7 +32,7 @@ MOST_SIZE = 1 << 24
 _TICK = 0.1
 _IDLE = 50
 """Ticks without a rendering after which the thread ends; the next rendering starts another."""
-_PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
+PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
 """Methods of text that make much out of a number."""
 _WIDTH = re.compile(r"\d{6,}|%[-+ #0]*\*")
 """A width of a million in a format, or one that is given as a number."""
@@ -182,7 +182,7 @@ def bound_operations(template: jinja2.Template, source: str) -> None:
         return compute(context, operator, left, right)
 
     def is_safe_attribute(value: Any, name: str, found: Any) -> bool:
-        return not (isinstance(value, str) and name in _PADDING) and safe(value, name, found)
+        return not (isinstance(value, str) and name in PADDING) and safe(value, name, found)
 
     environment.call_binop, environment.is_safe_attribute = call_binop, is_safe_attribute
     for name in _GROWING:

@@ -12,7 +12,7 @@ from graft.train.forecast import Forecast, Option
 from graft.train.foresee import forecaster_for
 from graft.train.formats import refuse_base
 from graft.train.hollow import refuse_uncountable
-from graft.train.loop import with_date
+from graft.train.open_run import with_date
 from graft.train.prepare import prepare
 from graft.train.tuning import check_tuning
 
