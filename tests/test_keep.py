@@ -144,6 +144,7 @@ def test_tied_and_bf16_models_and_stacked_experts_are_compared_too(tmp_path):
         files = load_file(next(fit.run.final.glob("model*.safetensors")))
         assert all(value.dtype == torch.bfloat16 for value in files.values())
         assert ("lm_head.weight" in files) == (name != "tied")
+        assert json.loads((fit.run.final / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 # The rehearsal
