@@ -89,7 +89,14 @@ def aim_at(phase: str, number: int, folder: str) -> None:
         setattr(holder, name, called)
 
     if phase == "loading":
-        for name in ("prepare", "foresee", "load_for_training", "make_optimizer", "rehearse_save", "write_settings"):
+        for name in (
+            "prepare_together",
+            "foresee",
+            "load_for_training",
+            "make_optimizer",
+            "rehearse_save",
+            "write_settings",
+        ):
             before(loop, name)
     elif phase == "stepping":
         before(Stepper, "accumulate")

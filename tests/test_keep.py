@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import make_model_folder
-from tiny_runs import assert_same_run, settings_for
+from tiny_runs import alone, assert_same_run, settings_for
 
 from graft.cli.train import _run_to_resume
 from graft.errors import InputError, Interrupted
@@ -51,7 +51,7 @@ def base(tmp_path_factory) -> Path:
 def fit_for(base, tmp_path, *overrides, out: str = "run") -> Fit:
     """A run in memory that has made one update."""
     settings, run = open_run(settings_for(base, tmp_path, *overrides, out=out))
-    fit = Fit(settings, run, prepare(settings, run))
+    fit = Fit(settings, run, prepare(settings, run), alone(settings, run))
     assert fit._update(0, threading.Event()) is not None
     fit.state = replace(fit.state, step=1)
     return fit
@@ -392,7 +392,7 @@ def test_one_job_at_a_time_and_its_error_once():
 @pytest.mark.parametrize(
     ("module", "name", "said"),
     [
-        (loop, "prepare", "start again"),
+        (loop, "prepare_together", "start again"),
         (loop, "load_for_training", "start again"),
         (rehearse, "_reload", "start again"),
         (save, "find_fault", "checkpoint saved"),

@@ -9,7 +9,11 @@ from safetensors.torch import load_file
 from tiny import make_conversations, write_rows
 
 from graft.config.train import Train, load_train
+from graft.model.device import pick_device
+from graft.model.ranks import ALONE
 from graft.runs import RunFolder
+from graft.train.together import Here
+from graft.train.watchdog import Watchdog
 
 
 def settings_for(base: Path, tmp_path: Path, *overrides: str, out: str = "run") -> Train:
@@ -38,3 +42,8 @@ def assert_same_run(one: RunFolder, other: RunFolder) -> None:
     weights, others = final_weights(one), final_weights(other)
     assert weights.keys() == others.keys()
     assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def alone(settings: Train, run: RunFolder) -> Here:
+    """Where a lone process is."""
+    return Here(ALONE, pick_device(settings.device), Watchdog(ALONE, run.checkpoints))

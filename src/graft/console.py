@@ -56,8 +56,14 @@ def warn_once(text: str) -> None:
         warn(text)
 
 
+def hush() -> None:
+    """Say nothing more but why the command fails: another process speaks for all."""
+    err.quiet = True
+
+
 def fail(text: str) -> None:
     """Why the command ends without having done its work."""
+    err.quiet = False
     err.print(f"[bold red]error:[/bold red] {escape(escape_hidden(text))}")
 
 

@@ -41,6 +41,14 @@ class Interrupted(GraftError):
     exit_code = 5
 
 
+class Elsewhere(GraftError):
+    """Another process of the run says why it ends; this one ends with the same code and says nothing."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("said by another process of the run")
+        self.exit_code = exit_code
+
+
 def said(error: Exception) -> str:
     """Another library's error for the user; with its class where it was not meant for one."""
     plain = isinstance(error, OSError | ValueError | ImportError | RuntimeError)

@@ -17,7 +17,7 @@ from graft.cli.plot import plot
 from graft.cli.predict import predict
 from graft.cli.schema import schema
 from graft.cli.train import train
-from graft.errors import GraftError
+from graft.errors import Elsewhere, GraftError
 from graft.version import __version__
 
 # The base of what typer raises for words it cannot parse; it exports only the leaves of that tree.
@@ -93,6 +93,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         sys.exit(app(standalone_mode=False) or 0)
+    except Elsewhere as error:
+        sys.exit(error.exit_code)
     except GraftError as error:
         fail(str(error))
         sys.exit(error.exit_code)

@@ -26,6 +26,10 @@ def train(
     epochs: Annotated[float | None, typer.Option(help="Passes over the data (default 3).")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate (default 2e-4 for lora, 2e-5 for full).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Conversations per optimizer step (default 16).")] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", "--processes", min=1, help="Processes of this host that share the run, one per GPU."),
+    ] = None,
     init_from: Annotated[
         str | None, typer.Option(help="Begin a new run with the weights of this run, adapter or model folder.")
     ] = None,
@@ -45,6 +49,8 @@ def train(
     graft train --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl
 
     graft train recipe.yaml lora.r=8 lr=1e-4
+
+    graft train recipe.yaml --gpus 8
 
     graft train --resume runs/my-run
 
@@ -71,6 +77,11 @@ def train(
         recipe = root / "config.yaml"
         flags |= {"resume": there, "out": str(root)}
     settings = load_train(recipe, overrides, {key: None if value == [] else value for key, value in flags.items()})
+
+    if gpus is not None and gpus > 1:
+        from graft.train.launch import launch
+
+        raise typer.Exit(launch(gpus, settings))
 
     from graft.train.loop import train as run_training
 

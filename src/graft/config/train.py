@@ -171,6 +171,12 @@ class Train(Settings):
     row_tokens: Annotated[int, Field(ge=8)] | Literal["auto"] | None = None
     """Tokens computed in one forward pass, the memory knob; None is max(encode.max_length, 4096), `auto` what fits into
     the memory that is free when the run starts. It does not change the result."""
+    shard_ranks: Annotated[int, Field(ge=1)] | Literal["all", "host"] = "all"
+    """With several processes: how many hold one copy of the weights between them (FSDP2). `all` needs least memory, 1
+    gives each its own copy, `host` one copy per host, so that only gradients travel between hosts. The result is the
+    same."""
+    offload_weights: bool = False
+    """With several processes on accelerators: keep weights and optimizer states in the host's memory between uses."""
     epochs: float = Field(default=3.0, gt=0, le=1_000_000)
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after so many optimizer steps; the schedule is laid over them."""

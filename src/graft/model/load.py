@@ -15,6 +15,7 @@ from peft import (
     PeftModel,
     PeftModelForCausalLM,
     TrainableTokensConfig,
+    get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
 from safetensors import SafetensorError
@@ -25,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from graft.errors import InputError, first_line, said
 from graft.model.device import pick_device, pick_precision
 from graft.model.quantize import make_trainable, quantization_config, quiet, refuse_stored
+from graft.model.shard import is_sharded, put
 from graft.model.vocabulary import grow
 
 
@@ -191,6 +193,11 @@ def _trained_tokens(config: PeftConfig) -> Iterator[int]:
 
 def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
     """Replace the trained weights of a live model by those that graft saved from it."""
+    if is_sharded(model):
+        kept = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
+        for file in sorted(folder.glob("*model*.safetensors")):
+            put(kept, load_file(file))
+        return
     if isinstance(model, PeftModel):
         set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
         return

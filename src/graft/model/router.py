@@ -107,7 +107,7 @@ class RouterWatch:
         self.lm.model.eval()
         try:
             with torch.no_grad(), self.reading(tree) as found:
-                own = self.lm.output(tree).get("aux_loss")
+                own = self.lm.enter(lambda: self.lm.output(tree).get("aux_loss"))
         finally:
             self.lm.model.train(training)
         return own is not None and bool(found) and bool(torch.isclose(share_of_aux(*found, *found), own, rtol=1e-3))

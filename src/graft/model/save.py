@@ -19,6 +19,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from graft.model.adapter_start import as_difference
 from graft.model.adapters import plain
+from graft.model.shard import gathered, is_sharded, unspread_class
 from graft.model.tensor_file import find_difference, write_mapping
 from graft.tokens.renderer import Renderer
 
@@ -26,7 +27,17 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def saved_weights(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
-    """What a folder is written from: an adapter's tensors by PEFT's names, or all of a model's; the live ones."""
+    """What a folder is written from: an adapter's tensors by PEFT's names, or all of a model's; the live ones.
+
+    Of a model that is spread over processes they are gathered; all processes must ask, in the same order.
+    """
+    if is_sharded(model):
+        return gathered(model, live_weights(model))
+    return live_weights(model)
+
+
+def live_weights(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
+    """The same as they are, of a spread model this process's parts."""
     if isinstance(model, PeftModel):
         # PEFT would otherwise ask the hub whether the vocabulary was resized; new rows are saved by themselves.
         found: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -36,7 +47,7 @@ def saved_weights(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
 
 def forgotten(model: PreTrainedModel | PeftModel, trained: Mapping[str, nn.Parameter]) -> list[str]:
     """Names of trained parameters that no saved tensor is; LoRA and full models only, others save other tensors."""
-    if isinstance(model, PeftModel) and type(model.peft_config["default"]) is not LoraConfig:
+    if is_sharded(model) or (isinstance(model, PeftModel) and type(model.peft_config["default"]) is not LoraConfig):
         return []
     saved = {value.data_ptr() for value in saved_weights(model).values()}
     return [name for name, parameter in trained.items() if parameter.numel() and parameter.data_ptr() not in saved]
@@ -111,7 +122,8 @@ def _adapter(
 
 
 def _save_full(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None, weights: Mapping[str, Tensor]) -> None:
-    shown = copy.copy(model)  # the same modules and tensors, with a configuration of its own to be written
+    shown = object.__new__(unspread_class(model))  # the same modules and tensors,
+    shown.__dict__.update(model.__dict__)  # with a configuration of its own to be written
     shown.config = copy.deepcopy(model.config)
     shown.config._attn_implementation = "eager"  # graft's own names mean nothing to other programs
     shown.save_pretrained(str(folder), state_dict=_as_stored(weights, dtype))

@@ -6,7 +6,7 @@ Shapes: N nodes, M predictors (parents of targets), d hidden size, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,6 +55,11 @@ def shape_logits(product: Tensor, shape: LogitShape) -> Tensor:
     return product
 
 
+def at_once(compute: Callable[[], Any]) -> Any:
+    """Compute without ado: the weights are whole and where they are needed."""
+    return compute()
+
+
 class TreeLM:
     """A model together with the way in which it can be trained: on trees, or one example per row."""
 
@@ -66,6 +71,7 @@ class TreeLM:
         row_step: int = 1,
         fuse: bool = True,
         probe: bool = True,
+        enter: Callable[[Callable[[], Any]], Any] = at_once,
     ) -> None:
         """Prepare and probe a model; it keeps `backend` as its attention implementation where trees are exact.
 
@@ -74,13 +80,12 @@ class TreeLM:
         `why_not` says, in a sentence, why the model runs one example per row; None means that it runs on trees.
         `backend_failed` says why `backend` was given up for segments; None means that it is in use.
         Without `probe` what the config says is believed: for a model without numbers, which is only counted.
+        `enter` surrounds what computes with the weights, where those must be gathered first (model/shard.py).
         """
         self.model = model
+        self.enter = enter
         if fuse:
-            fuse_lora(model)
-            fuse_norms(model)
-            fuse_mlps(model)
-            fuse_rotary(model)
+            fuse_modules(model)
         self.base = plain(model)
         self.decoder: nn.Module = self.base.base_model
         self.embedding: nn.Module = self.base.get_input_embeddings()
@@ -95,7 +100,7 @@ class TreeLM:
         model.eval()
         with torch.no_grad():
             if probe:
-                self._probe(backend)
+                enter(lambda: self._probe(backend))
             else:
                 self._assume(backend)
         model.train(training)
@@ -302,6 +307,14 @@ class TreeLM:
         if "position_ids" not in inspect.signature(self.decoder.forward).parameters:
             return "its forward takes no position ids"
         return None
+
+
+def fuse_modules(model: nn.Module) -> None:
+    """Give a model's modules the forwards of graft, each one operation where transformers takes several."""
+    fuse_lora(model)
+    fuse_norms(model)
+    fuse_mlps(model)
+    fuse_rotary(model)
 
 
 def turning_length(config: Mapping[str, Any]) -> int | None:

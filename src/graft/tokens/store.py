@@ -129,6 +129,21 @@ def encode_stored(
         raise InputError(f"{tempfile.gettempdir()}: no room for encoded data either ({error}); set TMPDIR") from None
 
 
+def open_stored(key: str) -> ExampleStore:
+    """What another process of this host has encoded and kept.
+
+    Raises:
+        InputError: it is not in the cache.
+    """
+    folder = cache_folder() / key
+    if not (folder / "meta.json").is_file():
+        raise InputError(
+            f"{folder}: the encoded data is not there, though another process of this host has made it; set "
+            "GRAFT_CACHE to a folder that all of them can write to and read"
+        )
+    return _read(folder, key, mapped=True)
+
+
 def store_key(conversations: Iterable[Conversation], renderer: Renderer, settings: Encode) -> str:
     """Hash of everything that shapes the ids. Where files lie does not: a run may be resumed from another folder."""
     digest = hashlib.blake2b(digest_size=16)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.console import note
+from graft.model.shard import like, whole
 
 LIVE = "live/"
 """Prefix of the live weights in a checkpoint's optimizer file, where the folder's weights are others."""
@@ -83,13 +84,13 @@ class Average:
 
     def tensors(self) -> dict[str, Tensor]:
         """The average, as it goes into a checkpoint."""
-        return {EMA + name: value.cpu().contiguous() for name, value in self.ema.items()}
+        return {EMA + name: whole(value).contiguous() for name, value in self.ema.items()}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Put a saved average back."""
         for name, average in self.ema.items():
-            average.copy_(tensors[EMA + name])
+            average.copy_(like(average, tensors[EMA + name]))
 
 
 def _mode(optimizer: torch.optim.Optimizer, train: bool) -> None:
@@ -100,7 +101,7 @@ def _mode(optimizer: torch.optim.Optimizer, train: bool) -> None:
 
 def live_tensors(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """The weights as training will go on with them, as they go into a checkpoint."""
-    return {LIVE + name: p.detach().cpu().clone().contiguous() for name, p in parameters.items()}
+    return {LIVE + name: whole(p).clone().contiguous() for name, p in parameters.items()}
 
 
 @torch.no_grad()
@@ -108,4 +109,4 @@ def load_live(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tens
     """Put saved live weights back, where there are any."""
     for name, parameter in parameters.items():
         if LIVE + name in tensors:
-            parameter.copy_(tensors[LIVE + name])
+            parameter.copy_(like(parameter, tensors[LIVE + name]))

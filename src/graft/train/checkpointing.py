@@ -51,6 +51,6 @@ def activation_bytes_per_token(lm: TreeLM, precision: Precision) -> float:
     lm.model.train()
     try:
         with torch.enable_grad(), precision.autocast(lm.device):
-            return kept_bytes(lambda: lm.states(tree)) / PROBE_TOKENS
+            return kept_bytes(lambda: lm.enter(lambda: lm.states(tree))) / PROBE_TOKENS
     finally:
         lm.model.train(training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -13,7 +14,8 @@ from graft.console import note, warn
 from graft.model.attention_pick import Attention, pick_attention, row_step
 from graft.model.compile import compile_layers, wants_compile
 from graft.model.liger import use_liger, wants_liger
-from graft.model.trees import TreeLM
+from graft.model.shard import Enter
+from graft.model.trees import TreeLM, at_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,16 @@ def pick_computing(settings: Train, device: torch.device) -> Computing:
     return Computing(pick_attention(settings.attention, device), compiled, liger)
 
 
-def tree_model(model: PreTrainedModel | PeftModel, settings: Train, computing: Computing) -> TreeLM:
+def tree_model(
+    model: PreTrainedModel | PeftModel,
+    settings: Train,
+    computing: Computing,
+    fuse: bool = True,
+    enter: Enter[Any] = at_once,
+) -> TreeLM:
     """The model, on its device already, ready to be trained on trees; says in one line what computes it."""
     step = row_step(settings.row_budget) if computing.attention.padded or computing.compiled else 1
-    lm = TreeLM(model, computing.attention.backend, settings.trees, step, fuse=not computing.compiled)
+    lm = TreeLM(model, computing.attention.backend, settings.trees, step, fuse=fuse, enter=enter)
     kernels = use_liger(model) if computing.liger else {}
     layers = compile_layers(lm.base) if computing.compiled and lm.on_trees else 0
     said = [f"attention: {computing.attention.why}"] if lm.on_trees else []

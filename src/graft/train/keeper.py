@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from graft.config.train import Train
 from graft.console import warn
-from graft.model.save import saved_weights
+from graft.model.save import live_weights, saved_weights
 from graft.model.trees import TreeLM
 from graft.runs import RunFolder
 from graft.tokens.renderer import Renderer
@@ -18,7 +18,10 @@ from graft.train.background import Background
 from graft.train.checkpoint import State, newest_checkpoint, prune
 from graft.train.save import Snapshot, Writer
 from graft.train.space import foreseen_bytes, refuse_if_run_does_not_fit
+from graft.train.together import Here
 
+WRITING = 4 * 3600.0
+"""Seconds that the first process may write a checkpoint before it counts as late."""
 LARGE = 2**30
 """Bytes of a checkpoint that `save_async: auto` writes beside the run."""
 
@@ -34,7 +37,11 @@ class Keeper:
         trained: Mapping[str, nn.Parameter],
         renderer: Renderer,
         start: Mapping[str, Tensor] | None,
+        here: Here,
     ) -> None:
+        """Of several processes all hold parts of what is saved, and the first one writes."""
+        self.ranks, self.watchdog = here.ranks, here.watchdog
+        self.saves = 0
         self.settings = settings
         self.run = run
         self.lm = lm
@@ -45,6 +52,8 @@ class Keeper:
 
     def _apart(self, trained: Mapping[str, nn.Parameter]) -> bool:
         """Whether checkpoints are written in a thread while the run goes on."""
+        if self.ranks.size > 1:  # the others wait for the one that writes: what they hold is gathered for it
+            return False
         if self.settings.save_async != "auto":
             return self.settings.save_async
         size = sum(value.nbytes for value in saved_weights(self.lm.model).values())
@@ -57,8 +66,9 @@ class Keeper:
         Raises:
             InputError: what the run will keep does not fit on the disk.
         """
-        needed = foreseen_bytes(self.settings, saved_weights(self.lm.model), trained, live, saves)
-        refuse_if_run_does_not_fit(self.run, needed)
+        weights = live_weights(self.lm.model)  # by all: a spread model gives its parts back to ask for them
+        needed = foreseen_bytes(self.settings, weights, trained, live, saves)
+        self._by_first("room on the disk", lambda: refuse_if_run_does_not_fit(self.run, needed))
 
     def save(self, state: State, optimizer: Mapping[str, Tensor]) -> None:
         """A checkpoint of this moment, with the weights that the model has now; what need not stay goes.
@@ -70,7 +80,8 @@ class Keeper:
         snapshot = Snapshot(state, saved_weights(self.lm.model), optimizer)
         if self.background.apart:
             snapshot = snapshot.on_host(self.lm.device)
-        self.background.do(lambda: self._write(snapshot))
+        self.saves += 1
+        self.background.do(lambda: self._by_first(f"checkpoint {self.saves}", lambda: self._write(snapshot)))
 
     def _write(self, snapshot: Snapshot) -> None:
         self.writer.checkpoint(snapshot)
@@ -88,7 +99,18 @@ class Keeper:
             InputError: it could not be written.
         """
         self.wait()
-        self.writer.final(dtype)
+        weights = saved_weights(self.lm.model)
+        self._by_first("final", lambda: self.writer.final(dtype, weights))
+
+    def _by_first(self, name: str, do: Callable[[], None]) -> None:
+        """Let the first process do something while the others wait; what goes wrong ends all."""
+        self.watchdog.beat(name, patience=WRITING)
+
+        def made() -> str:
+            do()
+            return ""
+
+        self.ranks.from_first(name, made)
 
     def check(self) -> None:
         """Raise what a save in the background has raised since."""

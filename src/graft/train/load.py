@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from graft.config.train import Train
-from graft.console import warn
+from graft.console import note, warn
 from graft.errors import ConfigError, InputError
 from graft.model.adapter_start import adapter_tensors
 from graft.model.adapters import add_adapter, freeze_but
@@ -23,8 +23,10 @@ from graft.model.device import Precision
 from graft.model.load import load_adapter, load_base, to_device
 from graft.model.lora_quantized import fuse_quantized_lora
 from graft.model.peft_kinds import kind_of, mutates_base, peft_config
+from graft.model.ranks import ALONE, Ranks
 from graft.model.remember import remember
-from graft.model.trees import TreeLM
+from graft.model.shard import Enter, mesh_of, shard
+from graft.model.trees import TreeLM, at_once, fuse_modules
 from graft.model.unreached import stacked_experts
 from graft.model.vocabulary import begin_as_pieces, grow, token_rows
 from graft.runs import RunFolder
@@ -47,7 +49,12 @@ class Ready:
 
 
 def load_for_training(
-    settings: Train, precision: Precision, device: torch.device, checkpoint: Path | None, prepared: Prepared
+    settings: Train,
+    precision: Precision,
+    device: torch.device,
+    checkpoint: Path | None,
+    prepared: Prepared,
+    ranks: Ranks = ALONE,
 ) -> Ready:
     """The model on its device, with what is trained from a checkpoint, `init_from`, or afresh.
 
@@ -60,21 +67,40 @@ def load_for_training(
     if computing.compiled:
         refuse_with_compiled(settings)
     model: PreTrainedModel | PeftModel
+    # Of a model that is spread over processes each moves only its own part to its device.
+    loaded_to = device if ranks.size == 1 or settings.quantize != "none" else torch.device("cpu")
     if settings.trains_own_weights:
-        model, final_dtype, began = *_own_weights(settings, precision, device, checkpoint, prepared), None
+        model, final_dtype, began = *_own_weights(settings, precision, loaded_to, checkpoint, prepared), None
     else:
-        model, final_dtype, began = _adapted(settings, precision, device, checkpoint, prepared)
-    to_device(model, device)
+        model, final_dtype, began = _adapted(settings, precision, loaded_to, checkpoint, prepared)
+    to_device(model, loaded_to)
     fuse_quantized_lora(model)
     every, offload = settings.checkpoint_every, settings.offload_activations
     if settings.checkpointing == "full":
         remember(model, "full", every)  # before the layers are compiled, which reads it
-    lm = tree_model(model, settings, computing)
+    fuse = not computing.compiled
+    enter: Enter[Any] = at_once
+    if ranks.size > 1:
+        if fuse:
+            fuse_modules(model)  # while their weights are whole: some are compared with what they replace
+        enter = _spread(model, settings, precision, device, ranks)
+    lm = tree_model(model, settings, computing, fuse and ranks.size == 1, enter)
     if settings.checkpointing == "auto":
         remember_what_fits(lm, precision, settings.row_budget, every, offload)
     elif settings.checkpointing == "selective" or offload:
         remember(model, "selective" if settings.checkpointing == "selective" else "none", every, offload)
     return Ready(lm, final_dtype, began)
+
+
+def _spread(
+    model: PreTrainedModel | PeftModel, settings: Train, precision: Precision, device: torch.device, ranks: Ranks
+) -> Enter[Any]:
+    holders = {"all": ranks.size, "host": ranks.on_host}.get(str(settings.shard_ranks)) or int(settings.shard_ranks)
+    mesh = mesh_of(ranks, device, holders)
+    in_16_bits = settings.trains_own_weights and precision.compute != torch.float32
+    copies = "" if holders == ranks.size else f", {ranks.size // holders} copies"
+    note(f"{ranks.size} processes, weights spread over {holders}{copies}")
+    return shard(model, mesh, precision.compute if in_16_bits else None, settings.offload_weights)
 
 
 def _own_weights(

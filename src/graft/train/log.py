@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from graft.console import note
@@ -55,7 +56,9 @@ class Update:
 class Log:
     """The log of one run; `window` survives in checkpoints, so that a resumed run logs the same sums."""
 
-    def __init__(self, run: RunFolder, total_steps: int) -> None:
+    def __init__(self, run: RunFolder, total_steps: int, writes: bool = True) -> None:
+        """Of several processes all add up, and one writes."""
+        self.writes = writes
         self.run = run
         self.total_steps = total_steps
         self.window = Window()
@@ -96,23 +99,31 @@ class Log:
             row["router_aux_loss"], row["expert_load_max"] = window.router_aux, round(window.expert_load, 3)
         if stepper.skipped:
             row["skipped"] = stepper.skipped
-        append_jsonl(self.run.metrics, _finite(row))
+        self._append(self.run.metrics, _finite(row))
 
     def write_validation(self, step: int, found: Validation) -> None:
         """One line, and the same in words."""
         row = {"kind": "val", "step": step, "loss": found.loss, "token_accuracy": found.token_accuracy}
-        append_jsonl(self.run.metrics, _finite(row | {"tokens": found.tokens}))
+        self._append(self.run.metrics, _finite(row | {"tokens": found.tokens}))
         self.last_val = found.loss
         note(
             f"step {step}/{self.total_steps}: validation loss {found.loss:.4f}, "
             f"token accuracy {found.token_accuracy:.1%}"
         )
 
-    def write_trace(self, step: int, examples: Sequence[Example], rows: Sequence[Row]) -> None:
-        """Which conversations a step (0-based) saw, and in which rows, so that anyone can replay it."""
+    def write_trace(self, step: int, examples: Sequence[Example], rows: Sequence[Sequence[Row]]) -> None:
+        """Which conversations a step (0-based) saw, and in which rows of which rank, so that anyone can replay it."""
         ids = list(dict.fromkeys(example.conversation for example in examples))
-        shapes = [{"rank": 0, "nodes": len(row), "conversations": list(row.conversations)} for row in rows]
-        append_jsonl(self.run.trace, {"step": step + 1, "conversations": ids, "rows": shapes})
+        shapes = [
+            {"rank": rank, "nodes": len(row), "conversations": list(row.conversations)}
+            for rank, its in enumerate(rows)
+            for row in its
+        ]
+        self._append(self.run.trace, {"step": step + 1, "conversations": ids, "rows": shapes})
+
+    def _append(self, path: Path, row: dict[str, Any]) -> None:
+        if self.writes:
+            append_jsonl(path, row)
 
     def said(self, update: Update) -> str:
         """What stands beside the progress bar."""
@@ -122,7 +133,7 @@ class Log:
     def drop_after(self, step: int) -> None:
         """What was logged after the checkpoint will be logged again."""
         for path in (self.run.metrics, self.run.trace):
-            if path.is_file():
+            if self.writes and path.is_file():
                 drop_last_rows(path, lambda row: 0 < step >= row.get("step", math.inf))
 
 

@@ -22,21 +22,23 @@ from graft.config.train import Train
 from graft.console import Advance, note, progress, warn
 from graft.errors import Diverged, GraftError, Interrupted
 from graft.model.adapters import trainable
-from graft.model.device import pick_device, pick_precision, prepare_device
+from graft.model.device import pick_precision, prepare_device
 from graft.model.load import load_weights
+from graft.model.ranks import Ranks, ranks_from_environment
 from graft.model.router import RouterWatch
+from graft.model.shard import local
 from graft.runs import RunFolder, write_atomic
-from graft.tokens.tree import sharing, total_weight
+from graft.tokens.tree import total_weight
 from graft.train.average import EMA, LIVE, Average, live_tensors, load_live
 from graft.train.checkpoint import State, load_state, set_aside_after
 from graft.train.environment import describe_environment
 from graft.train.foresee import explained_out_of_memory, foresee, is_small
 from graft.train.formats import refuse_base, trained_in
 from graft.train.in_backward import refuse_steps_of_several_rows
-from graft.train.keeper import Keeper
+from graft.train.keeper import WRITING, Keeper
 from graft.train.load import check_context, load_for_training, longest_example
 from graft.train.log import Log, Update, Window
-from graft.train.open_run import open_run, place_to_resume, say_other_environment, write_settings
+from graft.train.open_run import say_other_environment, write_settings
 from graft.train.optim import (
     load_optimizer_state,
     make_optimizer,
@@ -44,13 +46,16 @@ from graft.train.optim import (
     optimizer_state,
     set_learning_rate,
 )
-from graft.train.prepare import Prepared, prepare
+from graft.train.preflight import fingerprint
+from graft.train.prepare import Prepared
 from graft.train.rehearse import rehearse_save
 from graft.train.rows import look_at_rows
 from graft.train.schedule import learning_rate
 from graft.train.sentinels import Sentinels, Step
+from graft.train.share import rows_of_rank, rows_of_step
 from graft.train.signals import Stop, stop_requests
 from graft.train.space import explained_disk_errors
+from graft.train.together import Here, joined, open_together, prepare_together, refuse_with_ranks, resume_together
 from graft.train.tuning import check_tuning, embeddings_of, make_stepper
 from graft.train.validate import Stopped, validate
 
@@ -61,21 +66,33 @@ def train(settings: Train) -> RunFolder:
     Raises:
         GraftError: the settings, data or model cannot serve, the run diverged, or was interrupted (all saved).
     """
+    ranks = ranks_from_environment()
+    with ranks.said_once():
+        return _train(settings, ranks)
+
+
+def _train(settings: Train, ranks: Ranks) -> RunFolder:
     check_tuning(settings)
     refuse_base(settings)
-    settings, run = open_run(settings)
+    refuse_with_ranks(settings, ranks)
+    recipe = fingerprint(settings)
+    settings, run = open_together(settings, ranks)
     with stop_requests() as stop, explained_disk_errors(run):
         try:
-            prepared = prepare(settings, run)
-            checkpoint = place_to_resume(settings, run, prepared.made_of)
-            if settings.resume is True and run.finished():
+            prepared = prepare_together(settings, run, ranks)
+            place = resume_together(settings, run, prepared.made_of, ranks)
+            if place.finished:
                 note(f"{run.root} is finished already, and what it was made of has not changed; nothing is computed")
                 return run
             if settings.optimizer_in_backward:
                 refuse_steps_of_several_rows(prepared.plan, prepared.train, settings.row_budget, settings.trees)
-            settings = foresee(settings, prepared)
-            with explained_out_of_memory(settings, prepared):
-                fit = Fit(settings, run, prepared, checkpoint)
+            if ranks.size == 1:
+                settings = foresee(settings, prepared)
+            with (
+                explained_out_of_memory(settings, prepared),
+                joined(settings, run, prepared.made_of, ranks, recipe) as here,
+            ):
+                fit = Fit(settings, run, prepared, here, place.checkpoint)
                 fit.rehearse_saving()
                 if not is_small(settings, prepared):
                     fit.rehearse(stop)
@@ -94,44 +111,54 @@ def train(settings: Train) -> RunFolder:
 class Fit:
     """A run in memory: the model, its optimiser and where they stand."""
 
-    def __init__(self, settings: Train, run: RunFolder, prepared: Prepared, checkpoint: Path | None = None) -> None:
+    def __init__(
+        self, settings: Train, run: RunFolder, prepared: Prepared, here: Here, checkpoint: Path | None = None
+    ) -> None:
         """Load the model and, for a resumed run, put everything back to where its checkpoint was."""
         self.settings = settings
         self.run = run
         self.prepared = prepared
+        self.ranks, self.watchdog = here.ranks, here.watchdog
         self.total_steps = prepared.plan.total_steps
-        device = pick_device(settings.device)
-        prepare_device(device)
-        self.precision = trained_in(settings, pick_precision(settings.precision, device))
-        ready = load_for_training(settings, self.precision, device, checkpoint, prepared)
+        prepare_device(here.device)
+        self.precision = trained_in(settings, pick_precision(settings.precision, here.device))
+        ready = load_for_training(settings, self.precision, here.device, checkpoint, prepared, here.ranks)
         self.lm, self.final_dtype, self.start = ready.lm, ready.final_dtype, ready.start
         check_context(self.lm, settings.model, longest_example(prepared))
         self.parameters = trainable(self.lm.model)
         self.optimizer = make_optimizer(self.parameters, embeddings_of(self.lm, settings), settings)
-        self.stepper = make_stepper(self.lm, self.parameters, self.optimizer, self.precision, settings)
+        self.stepper = make_stepper(self.lm, self.parameters, self.optimizer, self.precision, settings, here.ranks)
         asked = settings.router_aux_loss
         if asked is not None:
             self.stepper.router = RouterWatch(self.lm, None if asked == "auto" else asked)
         free = settings.optimizer == "schedule_free_adamw"
         self.average = Average(self.parameters, self.optimizer, settings.ema, free)
         self.state = State(step=0, made_of=prepared.made_of)
-        self.log = Log(run, self.total_steps)
-        self.sentinels = Sentinels(self.parameters, next(self.lm.embedding.parameters()).shape[0])
+        self.log = Log(run, self.total_steps, writes=here.ranks.first)
+        vocabulary = next(self.lm.embedding.parameters()).shape[0]
+        self.sentinels = Sentinels(self.parameters, vocabulary, here.ranks.first)
         self.stepper.sentinels = self.sentinels
-        self.keeper = Keeper(settings, run, self.lm, self.parameters, prepared.renderer, self.start)
+        self.keeper = Keeper(settings, run, self.lm, self.parameters, prepared.renderer, self.start, here)
         saves = 3 + sum(self.total_steps // every for every in self._intervals())  # each validation may be the best
         self.keeper.refuse_if_disk_is_small(self.parameters, self._keeps_live, saves)
         if checkpoint is not None:
             self._restore(checkpoint)
-        write_settings(settings, run)  # not before: a resume that was refused must leave the folder as it was
-        self.log.drop_after(self.state.step)
+        if here.ranks.first:  # not before: a resume that was refused must leave the folder as it was
+            self._write_what_it_is(resumed=checkpoint is not None)
         self.val_examples = prepared.val.examples(range(len(prepared.val)))
-        found = {"counts": prepared.counts, "thinking": prepared.thinking}
-        environment = describe_environment(device, prepared.made_of) | found
-        if checkpoint is not None:
-            say_other_environment(run, environment)
-        write_atomic(run.environment, json.dumps(environment, indent=1, ensure_ascii=False))
         self._say_what_is_trained()
+
+    def _write_what_it_is(self, resumed: bool) -> None:
+        """config.yaml and environment.json."""
+        write_settings(self.settings, self.run)
+        self.log.drop_after(self.state.step)
+        found = {
+            "counts": self.prepared.counts, "thinking": self.prepared.thinking, "processes": self.ranks.size,
+        }  # fmt: skip
+        environment = describe_environment(self.lm.device, self.prepared.made_of) | found
+        if resumed:
+            say_other_environment(self.run, environment)
+        write_atomic(self.run.environment, json.dumps(environment, indent=1, ensure_ascii=False))
 
     def rehearse_saving(self) -> None:
         """Save and load what has not been trained yet, so that a folder which would not serve is found out now."""
@@ -139,7 +166,8 @@ class Fit:
             return
         (first, *_) = self.prepared.train.examples(self.prepared.plan.step(0))
         (row,) = self.lm.rows([first], self.settings.row_budget)
-        rehearse_save(self.keeper.writer, self.lm, self.parameters, self.settings, self.precision, row)
+        self.watchdog.beat("a rehearsal of saving", patience=WRITING)
+        rehearse_save(self.keeper.writer, self.lm, self.parameters, self.settings, self.precision, row, self.ranks)
 
     def rehearse(self, stop: threading.Event) -> None:
         """Compute the plan's heaviest rows first and forget them, so that memory runs out now or never.
@@ -154,8 +182,9 @@ class Fit:
         self.lm.model.train()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for row in look_at_rows(self.prepared, self.settings.row_budget, self.lm).heaviest:
-                if stop.is_set():  # the loop sees it too, and saves
+                if self.ranks.any(stop.is_set()):  # the loop sees it too, and saves
                     break
+                self.watchdog.beat("a rehearsal of the heaviest row")
                 self.stepper.count_experts([row], self.state.step)  # forgets those of another row
                 self.stepper.accumulate(row, (self.state.step, 0), 1.0)
                 self.stepper.discard()
@@ -188,7 +217,7 @@ class Fit:
         self.lm.model.train()
         while self.state.step < self.total_steps and not self._out_of_patience():
             self.keeper.check()
-            update = None if stop.is_set() else self._update(self.state.step, stop)
+            update = None if self.ranks.any(stop.is_set()) else self._update(self.state.step, stop)
             if update is None:
                 self._stop_here()
             applied = self.stepper.skipped == self.state.skipped
@@ -261,27 +290,35 @@ class Fit:
         """One optimizer step over the conversations of the plan; None where a stop was asked for before it was made."""
         started = time.perf_counter()
         examples = self.prepared.train.examples(self.prepared.plan.step(step))
-        rows = self.lm.rows(examples, self.settings.row_budget)
+        budget = self.settings.row_budget
+        self.watchdog.beat(f"step {step + 1}")
+        mine = rows_of_step(self.lm, examples, budget, self.ranks)
         weight = total_weight(examples)
         lr = learning_rate(step, self.total_steps, self.settings)
         set_learning_rate(self.optimizer, lr)
         of_rows = []
-        self.stepper.count_experts(rows, step)
-        for number, row in enumerate(rows):
-            of_rows.append(self.stepper.accumulate(row, (step, number), weight))
-            if stop.is_set() and self.stepper.revocable:
-                self.stepper.discard()
-                return None
+        self.stepper.count_experts(mine.rows, step)
+        for index, row in enumerate(mine.rows):
+            of_rows.append(self.stepper.accumulate(row, (step, mine.number_of(index)), weight))
+            self.watchdog.beat(f"step {step + 1}, row {index + 1}")
+            if stop.is_set() and self.stepper.revocable and self.ranks.size == 1:
+                break
+        for index, row in enumerate(mine.idle, len(mine.rows)):
+            self.stepper.idle(row, (step, 0))
+            self.watchdog.beat(f"step {step + 1}, row {index + 1}")
+        if self.stepper.revocable and self.ranks.any(stop.is_set()):
+            self.stepper.discard()
+            return None
         skipped = self.stepper.skipped
         sums = self.stepper.update(of_rows, weight, step + 1)
         if self.stepper.skipped == skipped:
             self.average.follow()
-        shared = sharing(examples, rows)
-        seconds = time.perf_counter() - started
-        update = Update(sums, weight, lr, shared.nodes, shared.tokens, seconds)
+        tokens = sum(len(example.ids) for example in examples)
+        update = Update(sums, weight, lr, mine.nodes, tokens, time.perf_counter() - started)
         self.log.add(update, self.stepper)
         if self.settings.trace:
-            self.log.write_trace(step, examples, rows)
+            of_all = [rows_of_rank(self.lm, examples, budget, self.ranks, rank) for rank in range(self.ranks.size)]
+            self.log.write_trace(step, examples, of_all)
         return update
 
     def _validate(self, stop: threading.Event) -> bool:
@@ -291,7 +328,10 @@ class Fit:
         self.state = replace(self.state, unvalidated=True)
         try:
             with self.average.judged():
-                found = validate(self.lm, self.val_examples, self.settings.row_budget, self.precision, stop)
+                budget = self.settings.row_budget
+                found = validate(
+                    self.lm, self.val_examples, budget, self.precision, stop, self.ranks, self.watchdog.beat
+                )
         except Stopped:
             self._stop_here()
         self.state = replace(self.state, unvalidated=False)
@@ -317,12 +357,12 @@ class Fit:
         Raises:
             Diverged: a trained weight is NaN or infinite.
         """
-        for name, parameter in self.parameters.items():
-            if not bool(torch.isfinite(parameter).all()):
-                raise Diverged(
-                    f"step {self.state.step}: {name} is no longer finite, so nothing of it is saved. Lower lr "
-                    f"(now {self.settings.peak_lr}) and start again"
-                )
+        bad = next((name for name, p in self.parameters.items() if not bool(torch.isfinite(local(p)).all())), None)
+        if self.ranks.any(bad is not None):
+            raise Diverged(
+                f"step {self.state.step}: {bad or 'a weight'} is no longer finite, so nothing of it is saved. Lower lr "
+                f"(now {self.settings.peak_lr}) and start again"
+            )
 
     def _stop_here(self) -> NoReturn:
         self.save()
@@ -337,7 +377,7 @@ class Fit:
         self._load_tensors(tensors, state.optimizer)
         self.state = self.keeper.saved = state
         self.sentinels.load(state.sentinels)
-        if isinstance(self.settings.resume, str):
+        if isinstance(self.settings.resume, str) and self.ranks.first:
             set_aside_after(self.run, state.step)
         self.stepper.skipped = state.skipped
         self.stepper.skipped_in_a_row = state.skipped_in_a_row

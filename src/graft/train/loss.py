@@ -14,7 +14,7 @@ What is trained on is an `Objective` of the logits z at each predictor with labe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from graft.model.attention import TreeRow
 from graft.model.count import HEAD, part
+from graft.model.product import times, times_transposed
 from graft.model.trees import LogitShape, TreeLM, shape_logits
 
 CHUNK_ELEMENTS = 2**24
@@ -50,8 +51,7 @@ class Objective:
 PLAIN = Objective()
 
 
-@dataclass(frozen=True, slots=True)
-class Summed:
+class Summed(NamedTuple):
     """What a row, a step or a set adds up to."""
 
     loss: Tensor
@@ -64,6 +64,11 @@ class Summed:
 
 def row_loss(lm: TreeLM, tree: TreeRow, objective: Objective = PLAIN) -> Summed:
     """Summed loss of one row; zero for a row without targets."""
+    summed: Summed = lm.enter(lambda: _row_loss(lm, tree, objective))
+    return summed
+
+
+def _row_loss(lm: TreeLM, tree: TreeRow, objective: Objective) -> Summed:
     if lm.logit_shape is None:
         return logits_nll(lm.logits(tree), tree.labels, tree.weights, objective)
     states = lm.states(tree)
@@ -164,7 +169,7 @@ class _LinearNLL(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             h, y, w = hidden[part].to(dtype), labels[part], weights[part]
-            z = shape_logits(F.linear(h, product, None if bias is None else bias.to(dtype)).float(), shape)
+            z = shape_logits(times(h, product, None if bias is None else bias.to(dtype)).float(), shape)
             at_label = z.gather(1, y[:, None]).squeeze(1)
             largest, best = z.max(dim=1)
             correct += (w * (best == y)).sum()
@@ -193,7 +198,7 @@ class _LinearNLL(torch.autograd.Function):
                 grad_bias += z.sum(dim=0)
             z = z.to(dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = z @ product
+                grad_hidden[part] = times_transposed(z, product)
             if grad_weight is not None:
                 grad_weight += (z.T @ h).float()
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from graft.config.train import Train
 from graft.errors import ConfigError
+from graft.model.shard import like, whole
 from graft.train.optimizers import OPTIMIZERS, Group, Together
 
 PROJECTOR = "projector"
@@ -88,7 +89,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, n
     seen: set[int] = set()
     for name, value in _entries(optimizer, parameters):
         if isinstance(value, Tensor):
-            mine = value.detach().cpu().contiguous()
+            mine = whole(value).contiguous()
             # Eight-bit states share one table of what their numbers mean; a safetensors file shares nothing.
             tensors[name] = mine.clone() if mine.data_ptr() in seen else mine
             seen.add(mine.data_ptr())
@@ -120,7 +121,7 @@ def load_optimizer_state(
         state = optimizer.state[parameter]
         put = value
         if isinstance(value, Tensor):
-            put = value.to(parameter.device) if value.dim() else value.clone()
+            put = like(parameter, value) if value.dim() else value.clone()
         holder, _, attribute = key.partition(".")
         if holder == PROJECTOR:
             if PROJECTOR not in state:

@@ -18,7 +18,9 @@ from graft.console import note
 from graft.errors import InputError
 from graft.model.device import Precision, free_bytes
 from graft.model.load import load_adapter, load_base, to_device
-from graft.model.save import find_fault, forgotten, save_model
+from graft.model.ranks import ALONE, Ranks
+from graft.model.save import find_fault, forgotten, save_model, saved_weights
+from graft.model.shard import local
 from graft.model.trees import TreeLM
 from graft.train.save import Writer
 from graft.types import Row
@@ -39,6 +41,7 @@ def rehearse_save(
     settings: Train,
     precision: Precision,
     row: Row,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Save the model with noise on what is trained, load it by transformers and PEFT, and compare the row's logits.
 
@@ -56,7 +59,8 @@ def rehearse_save(
         )
     needed = sum(p.nbytes for p in lm.model.parameters()) + 2 * sum(p.nbytes for p in trained.values())
     free = free_bytes(lm.device)
-    if 2 * needed > free:  # the run itself has not allocated its activations yet
+    # Twice, since the run itself has not allocated its activations yet.
+    if ranks.from_first("room for a rehearsal", lambda: str(2 * needed > free)) == "True":
         note(
             f"no rehearsal of a reload: a second model takes {needed / 2**30:.1f} GiB, of {free / 2**30:.1f} GiB free "
             f"on {lm.device}. Each save is still compared with memory bit by bit"
@@ -72,11 +76,19 @@ def rehearse_save(
             plain = _logits(lm, row, precision)
             _add_noise(trained)
             live = _logits(lm, row, precision)
-            save_model(lm.model, writer.renderer, aside, start=writer.start)
-            fault = find_fault(aside, lm.model, start=writer.start)
-            if fault is not None:
-                raise InputError(f"{aside}: a rehearsal of saving failed: {fault}")
-            loaded = _logits(_reload(aside, lm, settings, precision), row, precision)
+            weights = saved_weights(lm.model)
+
+            def try_it() -> str:
+                save_model(lm.model, writer.renderer, aside, start=writer.start, weights=weights)
+                fault = find_fault(aside, lm.model, start=writer.start, weights=weights)
+                if fault is not None:
+                    raise InputError(f"{aside}: a rehearsal of saving failed: {fault}")
+                loaded = _logits(_reload(aside, lm, settings, precision), row, precision)
+                quantised = lm.base.config.to_dict().get("quantization_config")  # may round activations too
+                _compare(plain, live, loaded, torch.bfloat16 if quantised else precision.compute)
+                return ""
+
+            ranks.from_first("a rehearsal of saving", try_it)
     except OSError as error:
         raise InputError(
             f"{aside}: a rehearsal of saving failed ({error.strerror or error}); free some space, or choose out=DIR"
@@ -86,12 +98,11 @@ def rehearse_save(
             for name, value in before.items():
                 trained[name].copy_(value)
         lm.model.train(training)
-        shutil.rmtree(aside, ignore_errors=True)
+        if ranks.first:
+            shutil.rmtree(aside, ignore_errors=True)
         if lm.device.type == "cuda":  # the second model's memory is the run's again, and the log's peak that of steps
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(lm.device)
-    quantised = lm.base.config.to_dict().get("quantization_config")  # rounds activations too, whatever is computed in
-    _compare(plain, live, loaded, torch.bfloat16 if quantised else precision.compute)
 
 
 def _compare(plain: Tensor, live: Tensor, loaded: Tensor, compute: torch.dtype) -> None:
@@ -109,8 +120,10 @@ def _compare(plain: Tensor, live: Tensor, loaded: Tensor, compute: torch.dtype) 
 
 def _add_noise(trained: Mapping[str, nn.Parameter]) -> None:
     for parameter in trained.values():
-        spread = float(parameter.float().std(unbiased=False)) or 0.1
-        parameter.add_(torch.randn_like(parameter) * (NOISE * spread))
+        mine = local(parameter)  # each process moves its own part
+        if mine.numel():
+            spread = float(mine.float().std(unbiased=False)) or 0.1
+            mine.add_(torch.randn_like(mine) * (NOISE * spread))
 
 
 def _reload(folder: Path, lm: TreeLM, settings: Train, precision: Precision) -> TreeLM:
@@ -129,4 +142,5 @@ def _reload(folder: Path, lm: TreeLM, settings: Train, precision: Precision) -> 
 def _logits(lm: TreeLM, row: Row, precision: Precision) -> Tensor:
     """[M, V]"""
     with precision.autocast(lm.device):
-        return lm.logits(lm.place(row)).float()
+        logits: Tensor = lm.enter(lambda: lm.logits(lm.place(row)))
+        return logits.float()

@@ -98,15 +98,15 @@ class Writer:
             put_in_place(aside, final)
         return final
 
-    def final(self, dtype: torch.dtype) -> None:
-        """Write final/ from the model as it is; a full model's weights in `dtype`.
+    def final(self, dtype: torch.dtype, weights: Mapping[str, Tensor]) -> None:
+        """Write final/ from weights of `saved_weights`; a full model's in `dtype`.
 
         Raises:
             InputError: as for a checkpoint.
         """
         with self._aside(self.run.final) as aside:
-            save_model(self.model, self.renderer, aside, dtype, self.start)
-            _refuse_if(find_fault(aside, self.model, dtype, self.start))
+            save_model(self.model, self.renderer, aside, dtype, self.start, weights)
+            _refuse_if(find_fault(aside, self.model, dtype, self.start, weights))
             put_in_place(aside, self.run.final)
 
     @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from graft.console import warn
 from graft.errors import Diverged
+from graft.model.shard import local
 
 IN_A_ROW = 3
 """So many steps with a loss or a gradient of exactly zero end the run. One may happen by underflow."""
@@ -68,8 +69,10 @@ class Sentinels:
     Before a step's sums are read, `questions` says which further scalars to read; `judge` then looks at all of them.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], vocabulary: int) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], vocabulary: int, first: bool = True) -> None:
+        """Of several processes, which hold parts of the weights each, the first one's part is the sample of change."""
         self.parameters = parameters
+        self.first = first
         self.uniform = math.log(vocabulary)
         self.zero_losses = 0
         self.zero_norms = 0
@@ -90,10 +93,10 @@ class Sentinels:
         if self.updates < SEEN_BY:
             graded = [(name, p.grad) for name in self.unseen if (p := self.parameters[name]).grad is not None]
             self._asked = [name for name, _ in graded]
-            asked = list(torch._foreach_norm([grad for _, grad in graded])) if graded else []
+            asked = list(torch._foreach_norm([local(grad) for _, grad in graded])) if graded else []
         if self.updates == CHANGED_BY and self._sample is not None:
             self._asked_for_change = True
-            asked.append(self._sample.changed(self.parameters))
+            asked.append(self._sample.changed(self.parameters) * float(self.first))
         return asked
 
     def judge(self, step: Step, answers: Sequence[float]) -> None:
@@ -206,5 +209,5 @@ class Sample:
 
     def _take(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
         with torch.no_grad():
-            taken = [p.detach().reshape(-1)[:: self.stride].float() for p in parameters.values()]
+            taken = [local(p.detach()).reshape(-1)[:: self.stride].float() for p in parameters.values()]
             return torch.cat([part.to(taken[0].device) for part in taken])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from graft.config.train import Train
 from graft.errors import InputError
+from graft.model.shard import local
 from graft.runs import RunFolder
 
 SMALL_FILES = 2**20
@@ -38,7 +39,7 @@ def foreseen_bytes(
         live: whether the live weights are saved beside others.
         saves: most checkpoints that the run will write.
     """
-    folder = sum({value.data_ptr(): value.nbytes for value in weights.values()}.values()) + SMALL_FILES
+    folder = sum({local(value).data_ptr(): value.nbytes for value in weights.values()}.values()) + SMALL_FILES
     numbers = sum(parameter.numel() for parameter in trained.values())
     per_number = STATE_BYTES[settings.optimizer] + (0 if settings.ema is None else 4)
     state = numbers * per_number + (sum(parameter.nbytes for parameter in trained.values()) if live else 0)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from graft.errors import Diverged
 from graft.model.attention import TreeRow
 from graft.model.device import Precision
+from graft.model.ranks import ALONE, Ranks
 from graft.model.router import Routed, RouterWatch, share_of_aux
+from graft.model.shard import everywhere, local
 from graft.model.trees import TreeLM
 from graft.train.loss import PLAIN, Objective, Summed, row_loss
 from graft.train.noise import noisy_embedding
@@ -47,14 +49,24 @@ class StepSums(NamedTuple):
 
     @classmethod
     def read(
-        cls, rows: Sequence[RowSums], norm: Tensor, device: torch.device, asked: Sequence[Tensor] = ()
+        cls,
+        rows: Sequence[RowSums],
+        norm: Tensor,
+        device: torch.device,
+        asked: Sequence[Tensor] = (),
+        ranks: Ranks = ALONE,
     ) -> StepSums:
-        """Add up what rows gave; here the host waits for the device, once."""
+        """Add up what rows gave, in all processes; here the host waits for the device, once.
+
+        `norm` is that of the whole gradient already; what is asked is added up over the processes too.
+        """
         scalars = [*(sums for row in rows for sums in row), *(one.to(device, torch.float32) for one in (norm, *asked))]
         read = torch.stack(scalars).tolist()
         count = 2 * len(rows)
         of_rows, found, answers = read[:count], read[count], read[count + 1 :]
-        return cls(sum(of_rows[0::2], 0.0), sum(of_rows[1::2], 0.0), found, tuple(answers))
+        mine = torch.tensor([sum(of_rows[0::2], 0.0), sum(of_rows[1::2], 0.0), *answers], dtype=torch.float64)
+        loss, nll, *answered = ranks.sum(mine).tolist()
+        return cls(loss, nll, found, tuple(answered))
 
 
 class Stepper:
@@ -73,8 +85,10 @@ class Stepper:
         seed: int,
         objective: Objective = PLAIN,
         neftune_alpha: float | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.lm = lm
+        self.ranks = ranks
         self.parameters = parameters
         self.optimizer = optimizer
         self.precision = precision
@@ -131,6 +145,10 @@ class Stepper:
             self._backward(loss)
         return RowSums(summed.loss.detach(), summed.nll.detach())
 
+    def idle(self, row: Row, number: tuple[int, int]) -> None:
+        """Compute a row for nothing: each process must pass through the model as often as the others."""
+        self._backward(self._row_loss(row, number)[0].loss * 0.0)
+
     def _row_loss(self, row: Row, number: tuple[int, int]) -> tuple[Summed, Routed | None]:
         """A row's sums and what its routers did, where that is asked for."""
         torch.manual_seed(hash((self.seed, *number)) & 0x7FFF_FFFF_FFFF_FFFF)
@@ -162,9 +180,9 @@ class Stepper:
         """
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = everywhere(torch.nn.utils.get_total_norm(gradients))
         asked = [] if self.sentinels is None else self.sentinels.questions()
-        sums = StepSums.read(rows, norm, self.lm.device, asked)
+        sums = StepSums.read(rows, norm, self.lm.device, asked, self.ranks)
         finite = math.isfinite(sums.loss) and math.isfinite(sums.norm)
         if finite and self.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip, norm)
@@ -192,6 +210,6 @@ class Stepper:
 
     def _first_bad_gradient(self) -> str | None:
         for name, parameter in self.parameters.items():
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            if parameter.grad is not None and not bool(torch.isfinite(local(parameter.grad)).all()):
                 return f"first in {name}"
         return None

@@ -13,6 +13,7 @@ from graft.config.train import Train
 from graft.errors import ConfigError, first_line
 from graft.model.device import Precision
 from graft.model.peft_kinds import kind_of, peft_config
+from graft.model.ranks import ALONE, Ranks
 from graft.model.trees import TreeLM
 from graft.train.in_backward import BackwardStepper
 from graft.train.loss import Objective
@@ -55,11 +56,12 @@ def make_stepper(
     optimizer: torch.optim.Optimizer,
     precision: Precision,
     settings: Train,
+    ranks: Ranks = ALONE,
 ) -> Stepper:
     """What turns rows into updates, by the settings."""
     objective = Objective(settings.label_smoothing, settings.loss == "dft")
     if isinstance(optimizer, Together) and settings.optimizer_in_backward:
         return BackwardStepper(lm, parameters, optimizer, precision, settings.seed, objective, settings.neftune_alpha)
     return Stepper(
-        lm, parameters, optimizer, precision, settings.clip, settings.seed, objective, settings.neftune_alpha
+        lm, parameters, optimizer, precision, settings.clip, settings.seed, objective, settings.neftune_alpha, ranks
     )

@@ -1,0 +1,68 @@
+"""Which rows of a step this process computes. Knows models, examples and processes; computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from graft.errors import ConfigError
+from graft.model.adapters import decoder_layers
+from graft.model.ranks import Ranks
+from graft.model.trees import TreeLM
+from graft.tokens.deal import Prices, deal
+from graft.types import Example, Row
+
+
+@dataclass(frozen=True, slots=True)
+class MyRows:
+    """What one process computes of a step."""
+
+    rows: list[Row]
+    idle: list[Row]
+    """Rows to compute for nothing, as often as another process has one row more than this one."""
+    nodes: int
+    """Nodes of all processes together, without the idle ones."""
+    number: int = 0
+    """Of the first row among those of the step; the next one's is `stride` more."""
+    stride: int = 1
+
+    def number_of(self, index: int) -> int:
+        """A number for a row that no other row of the step has, in any process."""
+        return self.number + index * self.stride
+
+
+def rows_of_step(lm: TreeLM, examples: Sequence[Example], row_tokens: int, ranks: Ranks) -> MyRows:
+    """This process's rows of some examples. Every process must ask at the same time where there are several."""
+    if ranks.size == 1:
+        rows = lm.rows(examples, row_tokens)
+        return MyRows(rows, [], sum(map(len, rows)))
+    rows = rows_of_rank(lm, examples, row_tokens, ranks, ranks.rank)
+    counts = ranks.counts(len(rows), sum(map(len, rows)))
+    missing = max(count for count, _ in counts) - len(rows)
+    idle = lm.rows([shortest(examples[0])], row_tokens) * missing
+    return MyRows(rows, idle, sum(nodes for _, nodes in counts), ranks.rank, ranks.size)
+
+
+def rows_of_rank(lm: TreeLM, examples: Sequence[Example], row_tokens: int, ranks: Ranks, rank: int) -> list[Row]:
+    """The rows of some examples that a process computes, as every process can tell."""
+    dealt = deal(examples, ranks.size, prices_of(lm), lm.on_trees) if ranks.size > 1 else [examples]
+    return lm.rows(dealt[rank], row_tokens)
+
+
+def shortest(example: Example) -> Example:
+    """An example's first two tokens, the second of them a target: the least that runs through a whole model."""
+    return replace(example, ids=example.ids[:2], weights=np.array([0, 1], np.float32)[: len(example.ids)])
+
+
+def prices_of(lm: TreeLM) -> Prices:
+    """Operations by the model's shape: two for each weight of its layers, four for each feature of a pair's heads."""
+    config = lm.base.config.get_text_config()
+    head = sum(p.numel() for p in lm.head.parameters() if p.dim() == 2) if lm.base.get_output_embeddings() else 0
+    try:
+        layers = decoder_layers(lm.base)[1]
+    except ConfigError:
+        layers = [lm.decoder]
+    weights = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() >= 2)
+    return Prices(2.0 * weights, 4.0 * len(layers) * config.hidden_size, 2.0 * head)

@@ -1,0 +1,204 @@
+"""What the processes of a run do in common before the first step: folder, data, device, and a look at each other.
+
+The first process opens the run folder; one process of each host reads and encodes the data, and the others map what it
+kept. No collective is open while that goes on, so it may take as long as it takes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from graft.config.train import Train
+from graft.console import hush
+from graft.errors import ConfigError, InputError
+from graft.model.device import pick_device
+from graft.model.ranks import Ranks
+from graft.runs import RunFolder
+from graft.tokens.load import load_renderer
+from graft.tokens.plan import Plan
+from graft.tokens.store import open_stored
+from graft.train.open_run import open_run, place_to_resume
+from graft.train.preflight import look_at_each_other
+from graft.train.prepare import Prepared, prepare
+from graft.train.watchdog import Watchdog
+
+SHARDED_OPTIMIZERS = ("adamw", "lion", "sgd", "schedule_free_adamw")
+"""Those that treat each number of a weight by itself, so that a part of a weight is treated as the whole one is."""
+
+
+class Here(NamedTuple):
+    """What a process has once it is connected to the others."""
+
+    ranks: Ranks
+    device: torch.device
+    watchdog: Watchdog
+
+
+class Place(NamedTuple):
+    """Where a run goes on."""
+
+    checkpoint: Path | None
+    """None where it begins."""
+    finished: bool
+
+
+def refuse_with_ranks(settings: Train, ranks: Ranks) -> None:
+    """Find what cannot be done by several processes before anything is read.
+
+    Raises:
+        ConfigError: names the setting and the nearest one that can.
+    """
+    if ranks.size == 1:
+        return
+    instead = f"with {ranks.size} processes"
+    wrong = {
+        f"optimizer={settings.optimizer} looks at whole weights, which no process has {instead}; use one of "
+        f"{', '.join(SHARDED_OPTIMIZERS)}": settings.optimizer not in SHARDED_OPTIMIZERS,
+        f"optimizer_in_backward is for one process; {instead} shard_ranks=all holds a part of the gradients each, so "
+        "set it to false": settings.optimizer_in_backward,
+        f"master_weights={settings.master_weights} is for one process; use fp32 {instead}": settings.master_weights
+        != "fp32",
+        f"router_aux_loss balances the experts over a whole step, which is not done {instead}; leave it out": (
+            settings.router_aux_loss is not None
+        ),
+        f"row_tokens=auto and checkpointing=auto ask one process's memory; give a value {instead}": (
+            "auto" in (settings.row_tokens, settings.checkpointing)
+        ),
+        f"checkpointing=selective probes whole weights, which no process has {instead}; use full or none": (
+            settings.checkpointing == "selective"
+        ),
+        f"compile=true is for one process; use compile=false {instead}": settings.compile is True,
+        "out is not given, but the launcher restarts processes that fail: a restarted run could not find itself; set "
+        "out=DIR": settings.out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0,
+    }
+    for text, is_wrong in wrong.items():
+        if is_wrong:
+            raise ConfigError(text)
+
+
+def open_together(settings: Train, ranks: Ranks) -> tuple[Train, RunFolder]:
+    """The run folder and the effective settings, the same for all; a restarted run continues by itself.
+
+    Raises:
+        InputError: see `open_run`.
+    """
+    if ranks.size == 1:
+        return open_run(settings)
+    if not ranks.first:
+        hush()
+    if ranks.restarts and settings.out is not None and RunFolder(Path(settings.out)).begun():
+        settings = settings.model_copy(update={"resume": True})
+
+    def opened() -> str:
+        found, run = open_run(settings)
+        return found.model_copy(update={"out": str(run.root.resolve())}).model_dump_json()
+
+    found = Train.model_validate_json(ranks.from_first("run", opened))
+    return found, RunFolder(Path(str(found.out)))
+
+
+def prepare_together(settings: Train, run: RunFolder, ranks: Ranks) -> Prepared:
+    """The data, encoded by one process of each host.
+
+    Raises:
+        InputError, DataRefused: see `prepare`.
+    """
+    made: list[Prepared] = []
+
+    def make() -> str:
+        made.append(prepare(settings, run))
+        return _described(made[0])
+
+    text = ranks.from_first("data", make, per_host=True)
+    return made[0] if made else _reopened(text, settings)
+
+
+def _described(prepared: Prepared) -> str:
+    """All of it but the renderer and the ids, which the other processes open for themselves."""
+    plan = prepared.plan
+    return json.dumps(
+        {
+            "train": prepared.train.key,
+            "val": prepared.val.key,
+            "repeats": [(value, len(list(group))) for value, group in groupby(plan.repeats)],
+            "plan": [plan.batch_size, plan.epochs, plan.seed, plan.max_steps],
+            "made_of": prepared.made_of,
+            "counts": prepared.counts,
+            "thinking": prepared.thinking,
+        }
+    )
+
+
+def _reopened(text: str, settings: Train) -> Prepared:
+    found = json.loads(text)
+    renderer = load_renderer(
+        settings.model,
+        settings.encode.template,
+        settings.encode.date,
+        trust_remote_code=settings.trust_remote_code,
+        new_tokens=settings.new_tokens,
+    )
+    repeats = tuple(value for value, count in found["repeats"] for _ in range(count))
+    return Prepared(
+        renderer,
+        open_stored(found["train"]),
+        open_stored(found["val"]),
+        Plan(repeats, *found["plan"]),
+        found["made_of"],
+        found["counts"],
+        found["thinking"],
+    )
+
+
+@contextmanager
+def joined(settings: Train, run: RunFolder, made_of: Mapping[str, str], ranks: Ranks, recipe: str) -> Iterator[Here]:
+    """This process's device, with the connections to the others open, looked at, and watched.
+
+    `recipe` is the fingerprint of what this process was told to do.
+    """
+    device = pick_device(settings.device)
+    if ranks.size > 1 and device.type != "cpu":
+        if ":" in settings.device:
+            raise ConfigError(
+                f"device={settings.device} names one device for {ranks.size} processes; leave its number out"
+            )
+        device = pick_device(f"{device.type}:{ranks.local}")
+        torch.accelerator.set_device_index(device)
+    ranks.join(device)
+    if ranks.size > 1:
+        look_at_each_other(ranks, device, recipe, made_of)
+    watchdog = Watchdog(ranks, run.checkpoints)
+    try:
+        yield Here(ranks, device, watchdog)
+    finally:
+        watchdog.rest()
+    ranks.leave()
+
+
+def resume_together(settings: Train, run: RunFolder, made_of: Mapping[str, str], ranks: Ranks) -> Place:
+    """Where the run goes on, as the first process sees it.
+
+    Raises:
+        InputError: see `place_to_resume`; or this process's host does not see the checkpoint.
+    """
+
+    def look() -> str:
+        checkpoint = place_to_resume(settings, run, made_of)
+        finished = settings.resume is True and run.finished()
+        return json.dumps([str(checkpoint) if checkpoint else None, finished])
+
+    named, finished = json.loads(ranks.from_first("where it goes on", look))
+    if named is not None and not Path(named).is_dir():
+        raise InputError(
+            f"rank {ranks.rank}: {named} cannot be read on this host; put the run folder (out=DIR) where every host "
+            "sees it, or copy the checkpoint there"
+        )
+    return Place(Path(named) if named is not None else None, finished)

@@ -1,0 +1,288 @@
+"""Several processes: the same run as one, whatever their number, and no process left hanging."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import make_conversations, make_example, make_model_folder, write_rows
+from together import together
+from transformers import AutoModelForCausalLM
+
+from graft.config.train import Train, load_train
+from graft.errors import ConfigError
+from graft.model.ranks import Ranks
+from graft.runs import RunFolder
+from graft.tokens.deal import Prices, deal
+from graft.tokens.tree import build_rows
+from graft.train.loop import train
+from graft.train.step import Stepper
+from graft.train.together import refuse_with_ranks
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("models") / "llama-tied", tie_word_embeddings=True)
+
+
+def settings_for(base: Path, folder: Path, out: str, *overrides: str) -> Train:
+    data = folder / "data.jsonl"
+    if not data.exists():
+        write_rows(data, make_conversations())
+    common = [
+        f"model={base}", f"data={data}", f"out={folder / out}", "batch_size=8", "epochs=1.5", "lr=5e-3", "device=cpu",
+        "split.val=0.2", "encode.max_length=128", "eval_every=3", "trace=true", "row_tokens=128",
+    ]  # fmt: skip
+    return load_train(None, [*common, *overrides])
+
+
+def run_as(rank: int, settings: Train) -> str:
+    return str(train(settings).root)
+
+
+def run_on(size: int, settings: Train) -> RunFolder:
+    assert together(size, run_as, settings) == [settings.out] * size
+    return RunFolder(Path(str(settings.out)))
+
+
+def numbers(run: RunFolder) -> np.ndarray:
+    rows = run.read_metrics()
+    assert {row["kind"] for row in rows} == {"train", "val"}
+    return np.array([[row["step"], row["loss"], row.get("grad_norm", row.get("token_accuracy"))] for row in rows])
+
+
+def assert_same_course(one: RunFolder, other: RunFolder) -> None:
+    """Loss, gradient norm and accuracy of every step within 1e-6, and the same conversations in every step."""
+    np.testing.assert_allclose(numbers(other), numbers(one), rtol=1e-6)
+    (file,) = one.final.glob("*model.safetensors")
+    wanted, found = load_file(file), load_file(other.final / file.name)
+    assert wanted.keys() == found.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
+    assert sorted(path.name for path in one.final.iterdir()) == sorted(path.name for path in other.final.iterdir())
+
+
+@pytest.mark.parametrize("how", ["lora", "full", "tied lora", "tied full"])
+def test_two_processes_are_one(base, tied, tmp_path, how):
+    model, method = (tied, how.split()[1]) if " " in how else (base, how)
+    alone = train(settings_for(model, tmp_path, "alone", f"method={method}"))
+    assert_same_course(alone, run_on(2, settings_for(model, tmp_path, "two", f"method={method}")))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "shard_ranks=1",
+        "shard_ranks=2",
+        "shard_ranks=host",
+        "checkpointing=full",
+        "trees=false",
+        "ema=0.9",
+        "optimizer=lion",
+        "optimizer=sgd",
+        "optimizer=schedule_free_adamw",
+        "loss=dft",
+    ],
+)
+def test_four_processes_are_one_whatever_is_set(base, tmp_path, setting):
+    also = [setting]
+    if "schedule_free" in setting:
+        also.append("schedule=constant")
+    alone = train(settings_for(base, tmp_path, "alone", *[text for text in also if "shard" not in text]))
+    assert_same_course(alone, run_on(4, settings_for(base, tmp_path, "four", *also)))
+
+
+def test_a_run_goes_on_with_another_number_of_processes(base, tmp_path):
+    alone = train(settings_for(base, tmp_path, "alone", "epochs=3", "save_every=1", "keep_last=99"))
+    steps = sorted(int(folder.name.removeprefix("step-")) for folder in alone.checkpoints.iterdir())
+    assert steps[-1] >= 9
+    begun = RunFolder(tmp_path / "begun")
+    shutil.copytree(alone.root, begun.root)
+    for size, last in ((2, steps[2]), (4, steps[5]), (1, steps[7])):
+        shutil.rmtree(begun.final)
+        for step in steps:
+            if step > last:
+                shutil.rmtree(begun.checkpoints / f"step-{step}", ignore_errors=True)
+        settings = settings_for(base, tmp_path, "begun", "epochs=3", "save_every=1", "keep_last=99", "resume=true")
+        if size == 1:
+            train(settings)
+        else:
+            run_on(size, settings)
+        assert_same_course(alone, begun)
+    used = [{row["rank"] for row in step["rows"]} for step in map_lines(begun.trace)]
+    assert used[steps[3] - 1] == {0, 1}
+    assert used[steps[6] - 1] == {0, 1, 2, 3}
+    assert used[-1] == {0}
+
+
+def map_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_final_folder_is_what_other_programs_load(base, tmp_path):
+    run = run_on(2, settings_for(base, tmp_path, "two"))
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run.final).eval()
+    alone = train(settings_for(base, tmp_path, "alone"))
+    other = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), alone.final).eval()
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        found, wanted = tuned(ids).logits, other(ids).logits
+        untuned = tuned.get_base_model().eval()
+        with tuned.disable_adapter():
+            before = untuned(ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert (found - before).abs().max() > 0.01
+
+
+def test_what_one_process_finds_wrong_is_said_once_and_ends_all(base, tmp_path):
+    settings = settings_for(base, tmp_path, "run", "data=nowhere.jsonl")
+    found = together(2, run_as, settings)
+    assert sorted(text.split(":")[0] for text in found) == ["Elsewhere", "InputError"], found
+
+
+def test_a_full_disk_in_the_first_process_ends_all(base, tmp_path):
+    settings = settings_for(base, tmp_path, "run")
+    found = together(2, run_with_a_full_disk, settings)
+    assert sum("cannot be saved" in text for text in found) == 1, found
+    assert sum(text.startswith("Elsewhere") for text in found) == 1, found
+
+
+def run_with_a_full_disk(rank: int, settings: Train) -> str:
+    from graft.train import save
+
+    def full(*_args: object, **_more: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    save.write_mapping = full  # the optimizer's file, which the rehearsal does not write
+    return run_as(rank, settings)
+
+
+def hang_after_two_steps(rank: int, settings: Train, how: str) -> str:
+    from graft.train import watchdog
+
+    watchdog.TICK, watchdog.SILENT, watchdog.LATE, watchdog.FIRST = 0.3, 4.0, 4.0, 60.0
+    accumulate = Stepper.accumulate
+
+    def accumulate_or_not(self: Stepper, row: object, number: tuple[int, int], weight: float) -> object:
+        if rank == 1 and number[0] == 2:
+            if how == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            lost_in_thought()
+        return accumulate(self, row, number, weight)
+
+    Stepper.accumulate = accumulate_or_not
+    return run_as(rank, settings)
+
+
+def lost_in_thought() -> None:
+    time.sleep(100)
+
+
+@pytest.mark.parametrize("how", ["late", "stopped", "killed"])
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_process_that_hangs_is_named_and_the_run_ends(base, tmp_path, capfd, how, saved):
+    settings = settings_for(base, tmp_path, "run", "save_every=1" if saved else "save_every=99")
+    if not saved:
+        settings = settings.model_copy(update={"split": settings.split.model_copy(update={"val": 0.0})})
+    found = together(2, hang_after_two_steps, settings, how, seconds=30)
+    said = capfd.readouterr().err
+    if how == "killed":
+        assert found[1] == "exit code -9"
+        assert "lost the other processes" in said + found[0] or "rank 1" in said, (said, found)
+        return
+    assert found[0] == f"exit code {5 if saved else 1}", found
+    assert "rank 1 on" in said, said
+    assert "(pid " in said
+    if how == "late":
+        assert "lost_in_thought" in said, said
+    assert ("--resume" in said) == saved
+    assert said.count("The run is ended") == 1
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "optimizer=muon",
+        "optimizer=adamw_8bit",
+        "row_tokens=auto",
+        "checkpointing=auto",
+        "checkpointing=selective",
+        "router_aux_loss=0.1",
+        "compile=true",
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused_before_anything_is_read(base, tmp_path, setting):
+    changes = [setting, "method=full"] if "muon" in setting else [setting]
+    settings = settings_for(base, tmp_path, "run", *changes)
+    refuse_with_ranks(settings, Ranks())
+    with pytest.raises(ConfigError, match=setting.split("=")[0]):
+        refuse_with_ranks(settings, Ranks(size=2))
+
+
+def test_the_deal_is_complete_and_even():
+    rng = np.random.default_rng(0)
+    plain = [make_example(str(n), rng.integers(3, 97, rng.integers(20, 200)), 5) for n in range(64)]
+    stem = rng.integers(3, 97, 50)
+    shared = [
+        make_example(str(n), np.concatenate([stem, rng.integers(3, 97, rng.integers(5, 60))]), 55) for n in range(64)
+    ]
+    prices = Prices(node=1000, pair=1, target=100)
+    for examples in (plain, shared):
+        for processes in (1, 2, 3, 4, 8):
+            dealt = deal(examples, processes, prices)
+            assert sorted(e.conversation for its in dealt for e in its) == sorted(e.conversation for e in examples)
+            nodes = [sum(len(row) for row in build_rows(its, 100_000)) for its in dealt]
+            assert max(nodes) <= 1.08 * min(nodes), (processes, nodes)
+    one, other = (deal(examples, 2, prices) for examples in (plain, plain[::-1]))
+    assert [[e.conversation for e in its] for its in one] == [[e.conversation for e in its] for its in other]
+
+
+def test_answers_to_one_prompt_stay_together():
+    rng = np.random.default_rng(0)
+    examples = []
+    for prompt in range(8):
+        stem = rng.integers(3, 97, 100)
+        examples += [
+            make_example(f"{prompt}-{n}", np.concatenate([stem, rng.integers(3, 97, 10)]), 100) for n in range(4)
+        ]
+    dealt = deal(examples, 4, Prices())
+    assert all(len({e.conversation.split("-")[0] for e in its}) == 2 for its in dealt)
+
+
+def test_more_processes_than_examples():
+    examples = [make_example("a", np.arange(3, 30), 5), make_example("b", np.arange(40, 60), 5)]
+    dealt = deal(examples, 4, Prices())
+    assert sorted(len(its) for its in dealt) == [0, 0, 1, 1]
+
+
+@pytest.mark.slow
+def test_the_command_line_starts_them_and_passes_their_exit_code_on(base, tmp_path):
+    write_rows(tmp_path / "data.jsonl", make_conversations())
+    words = [
+        sys.executable, "-m", "graft", "train", "--model", str(base), "--data", "data.jsonl", "--out", "run",
+        "device=cpu", "max_steps=2", "encode.max_length=128", "--gpus", "2",
+    ]  # fmt: skip
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("weights spread over 2") == 1
+    assert "Traceback" not in done.stderr
+    again = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 2
+    assert again.stderr.count("holds a run already") == 1
+    assert "Traceback" not in again.stderr
