@@ -5,6 +5,7 @@
     python bench/data.py tokens --once --workers 1     # each real row once and as it is: nothing is known before
     python bench/data.py pipeline                      # import and clean, 50,000 rows
     python bench/data.py pipeline --rows 1000000 --rounds 1 --no-peer [--near]     # about 1 GB: peak memory
+    python bench/data.py split --rows 1000000          # `graft data split --check`, near-duplicates kept together
 
 `tokens`: the same rows, the same tokenizer with its own chat template, the same number of processes. Theirs is what
 `SFTTrainer` does to a data set before it trains (chat template, ids, mask, labels, truncation), ours is `encode_stored`
@@ -269,7 +270,13 @@ def main() -> None:
     steps.add_argument("--near", action="store_true", help="also drop near duplicates")
     steps.add_argument("--no-peer", action="store_true", help="graft alone: its speed and memory on very many rows")
     steps.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "data_pipeline.json")
+    halves = kinds.add_parser("split", help="`graft data split --check`: time and peak memory")
+    halves.add_argument("--rows", type=int, default=1_000_000)
+    halves.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "data_split_million.json")
     args = parser.parse_args()
+    if args.kind == "split":
+        write(args.out, {"what": "graft data split --check, one worker", **environment(1), **pipeline.split(args.rows)})
+        return
     if args.kind == "pipeline":
         found = pipeline.compare(args.rows, args.rounds, args.workers, args.near, not args.no_peer)
         result = {

@@ -197,6 +197,8 @@ def test_a_resumed_run_must_be_the_same_run(base, tmp_path):
         train(settings_for(base, tmp_path))
     with pytest.raises(InputError, match="seed was 0, is 5"):
         train(settings_for(base, tmp_path, "resume=true", "seed=5"))
+    with pytest.raises(InputError, match=r"has changed: lora\.r was 16, is 3; lora\.dropout was 0\.1, is 0\.5\. Undo"):
+        train(settings_for(base, tmp_path, "resume=true", "lora.r=3", "lora.dropout=0.5"))
     write_rows(tmp_path / "data.jsonl", make_conversations(41))
     with pytest.raises(InputError, match="encoded data was"):
         train(settings_for(base, tmp_path, "resume=true"))

@@ -20,6 +20,7 @@ import jinja2
 
 from graft.tokens.beginnings import Beginnings, MarkedTemplate, compiled
 from graft.tokens.quick_jinja import quickened
+from graft.tokens.watchdog import bound_operations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -156,6 +157,7 @@ def _compiled(template: str) -> tuple[jinja2.Template | None, MarkedTemplate | N
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         theirs: jinja2.Template = _compile_jinja_template(template)
+        bound_operations(theirs, template)
         environment, names = quickened(theirs.environment), dict(theirs.globals)
         ours = compiled(environment, environment.parse(template), names)
         return ours, MarkedTemplate.of(environment, template, names)

@@ -16,9 +16,11 @@ import jinja2
 from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from graft.tokens.watchdog import PADDING
+
 _OF_DICTS = frozenset(dir(dict))
 _OF_LOOPS = frozenset(("first", "last", "index", "index0"))
-_OF_TEXT = frozenset(name for name in dir(str) if not name.startswith("_")) - {"format", "format_map"}
+_OF_TEXT = frozenset(name for name in dir(str) if not name.startswith("_")) - {"format", "format_map"} - PADDING
 
 
 class _QuickEnvironment(ImmutableSandboxedEnvironment):

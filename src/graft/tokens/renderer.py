@@ -24,6 +24,7 @@ from graft.tokens.beginnings import Beginnings
 from graft.tokens.direct import DirectTemplate, Rows
 from graft.tokens.proof import Bytes, bytes_of
 from graft.tokens.tokenise import Spelled, Tokeniser
+from graft.tokens.watchdog import TemplateStopped, watched
 from graft.types import Message
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Renderer:
 
         Raises:
             TemplateRefused: the template raises on these messages.
+            TemplateStopped: it takes too long, or too much memory.
         """
         return self.render_rows(self.rows(messages), tools, thinking, generation_prompt)
 
@@ -94,7 +96,10 @@ class Renderer:
         """`render` of messages that `rows` has made ready."""
         template = self._direct_tools if tools else self._direct
         try:
-            return template.render(rows, tools, generation_prompt, self.switch_values(thinking))
+            with watched(self.template_name):
+                return template.render(rows, tools, generation_prompt, self.switch_values(thinking))
+        except TemplateStopped:  # not this row's fault alone: the run ends
+            raise
         except Exception as error:  # a template is a program of a stranger: it may raise anything
             raise TemplateRefused(_said(error)) from None
 
@@ -103,7 +108,8 @@ class Renderer:
     ) -> Beginnings | None:
         """What one rendering of the rows tells of the renderings of their beginnings; None where it tells nothing."""
         template = self._direct_tools if tools else self._direct
-        return template.beginnings(rows, tools, generation_prompt, self.switch_values(thinking))
+        with watched(self.template_name):
+            return template.beginnings(rows, tools, generation_prompt, self.switch_values(thinking))
 
     @functools.cached_property
     def _direct(self) -> DirectTemplate:

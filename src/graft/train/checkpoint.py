@@ -12,6 +12,7 @@ No pickle: tensors are safetensors, the rest is JSON.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import re
@@ -131,12 +132,24 @@ def refuse_if_changed(checkpoint: Path, saved: Mapping[str, str], now: Mapping[s
     """
     changed = [key for key in now if str(saved.get(key)) != now[key]]  # None: not a setting yet
     if changed:
-        differences = "; ".join(f"{key} was {saved.get(key)}, is {now[key]}" for key in changed)
+        differences = "; ".join(text for key in changed for text in _differences(key, saved.get(key), now[key]))
         raise InputError(
             f"{checkpoint}: cannot be resumed, since the run has changed: {differences}. "
             "Undo the change, or start a new run with init_from="
             f"{checkpoint} (weights only)"
         )
+
+
+def _differences(key: str, was: str | None, now: str) -> list[str]:
+    """What changed, in words; of a group of settings only those that did (`lora.r`)."""
+    try:
+        old, new = ast.literal_eval(str(was)), ast.literal_eval(now)
+    except (ValueError, SyntaxError):  # a name, a path, a hash
+        old = new = None
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return [f"{key} was {was}, is {now}"]
+    both = dict.fromkeys([*old, *new])
+    return [f"{key}.{k} was {old.get(k)}, is {new.get(k)}" for k in both if old.get(k) != new.get(k)]
 
 
 def refuse_without_optimizer(checkpoint: Path) -> None:

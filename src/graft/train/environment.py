@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from graft.model.device import device_name
 from graft.version import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy", "accelerate")
@@ -21,7 +22,7 @@ def describe_environment(device: torch.device, made_of: dict[str, str]) -> dict[
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: package_version(name) for name in PACKAGES},
-        "device": device_name(device),
+        "device": device_label(device),
         "threads": torch.get_num_threads(),
         "git": _git_commit(),
         "made_of": made_of,
@@ -36,11 +37,9 @@ def package_version(package: str) -> str | None:
         return None
 
 
-def device_name(device: torch.device) -> str:
+def device_label(device: torch.device) -> str:
     """The device with what it is called by its maker."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({platform.processor() or platform.machine()})"
+    return f"{device} ({device_name(device)})"
 
 
 def _git_commit() -> str | None:

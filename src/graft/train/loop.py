@@ -22,7 +22,7 @@ from graft.config.train import Train
 from graft.console import Advance, note, progress, warn
 from graft.errors import Diverged, GraftError, Interrupted
 from graft.model.adapters import trainable
-from graft.model.device import pick_precision, prepare_device
+from graft.model.device import pick_precision, prepare_device, reset_peak_memory
 from graft.model.load import load_weights
 from graft.model.ranks import Ranks, ranks_from_environment
 from graft.model.router import RouterWatch
@@ -189,8 +189,7 @@ class Fit:
                 self.stepper.accumulate(row, (self.state.step, 0), 1.0)
                 self.stepper.discard()
         self.lm.model.train(training)
-        if device.type == "cuda":  # the log's peak is that of the steps
-            torch.cuda.reset_peak_memory_stats(device)
+        reset_peak_memory(device)  # the log's peak is that of the steps
 
     def run_to_the_end(self, stop: Stop) -> None:
         """The steps that are left, and the final folder. However it ends, no save is in flight afterwards."""

@@ -24,7 +24,7 @@ from graft.console import table, warn
 from graft.errors import ConfigError, first_line
 from graft.model.device import free_bytes
 from graft.model.ranks import Ranks
-from graft.train.environment import PACKAGES, device_name, package_version
+from graft.train.environment import PACKAGES, device_label, package_version
 from graft.version import __version__
 
 WITHIN = timedelta(seconds=60)
@@ -49,7 +49,7 @@ def look_at_each_other(ranks: Ranks, device: torch.device, recipe: str, made_of:
     mine = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "device": device_name(device),
+        "device": device_label(device),
         "free": round(free_bytes(device) / 2**30, 1),
         "shared memory": _shared_memory_gib(),
         "equal": _must_be_equal(recipe, made_of),
