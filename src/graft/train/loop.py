@@ -198,7 +198,8 @@ class Fit:
                 self.loop(stop, advance)
             self.finish()
         except Diverged as error:
-            self.keeper.wait()
+            with contextlib.suppress(GraftError):
+                self.keeper.wait()
             last = self.keeper.newest() or "the base model"
             raise Diverged(f"{error}. The last good checkpoint is {last}") from None
         finally:
