@@ -22,7 +22,7 @@ from graft.model import bloom
 from graft.model.adapters import plain
 from graft.model.attention import SEGMENTS, RowMissing, TreeRow
 from graft.model.last_layer import LastLayer
-from graft.model.lora import fuse_lora
+from graft.model.lora import fuse_lora, fuse_trained_linears
 from graft.model.mlp import fuse_mlps
 from graft.model.norm import fuse_norms
 from graft.model.rotary import fuse_rotary
@@ -78,6 +78,7 @@ class TreeLM:
         self.model = model
         if fuse:
             fuse_lora(model)
+            fuse_trained_linears(model)
             fuse_norms(model)
             fuse_mlps(model)
             fuse_rotary(model)
