@@ -31,8 +31,10 @@ SILENT = 60.0
 """Seconds without one after which a process is gone."""
 LATE = 100.0
 """Seconds for which the others wait for a process that is behind, unless steps are longer: then thrice the longest."""
+LOADING = 2 * 3600.0
+"""The same while weights are loaded, which large ones on a slow disk take long for."""
 FIRST = 600.0
-"""The same before the first step is done: kernels are compiled, memory is mapped."""
+"""The same in the first step: kernels are compiled, memory is mapped."""
 WAITS_IN = ("torch/distributed", "graft/model/ranks.py")
 """Files in whose functions a process waits for others."""
 
@@ -57,8 +59,8 @@ class Watchdog:
         self.ranks = ranks
         self.checkpoints = checkpoints
         self._count = 0
-        self._doing = "starting"
-        self._patience: float | None = FIRST
+        self._doing = "loading"
+        self._patience: float | None = LOADING
         self._longest = 0.0
         self._last = time.monotonic()
         self._over = threading.Event()
