@@ -43,15 +43,14 @@ def test_every_row_is_in_one_part_in_order_and_the_shares_are_about_met():
 
 
 def test_appending_and_shuffling_moves_no_row():
-    before = {item.id: part_of(item, 0.1, 0.1) for item in MANY[:500]}
+    def places(rows):
+        parts = split(rows, 0.1, 0.1)
+        by_name = {"train": parts.train, "val": parts.val, "test": parts.test}
+        return {item.id: name for name, part in by_name.items() for item in part}
+
     shuffled = MANY[:]
     random.Random(3).shuffle(shuffled)
-    parts = split(shuffled, 0.1, 0.1)
-    after = {
-        item.id: name
-        for name, part in (("train", parts.train), ("val", parts.val), ("test", parts.test))
-        for item in part
-    }
+    before, after = places(MANY[:500]), places(shuffled)
     assert {name: after[name] for name in before} == before
     assert len(set(before.values())) == 3
 
@@ -182,6 +181,17 @@ def test_split_writes_parts_that_hold_every_row_once(rows, tmp_path):
         assert {part_of(item, 0.2, 0.1) for item in part} == {name}
     with pytest.raises(InputError, match="is from another split"):
         run("split", rows, "--out", out, "--val", 0.2, "--test", 0)
+
+
+def test_training_holds_out_of_a_training_part_as_of_any_file(rows, tmp_path):
+    """The parts of files lie where their hash is low: by the same hash training would find none of its share there."""
+    out = tmp_path / "parts"
+    run("split", rows, "--out", out, "--val", 0.1, "--test", 0.2)
+    kept = load(out / "train.jsonl")
+    held_out = split(kept, val=0.1, test=0.1)
+    assert 100 < len(kept) < 180
+    for part in (held_out.val, held_out.test):
+        assert 0.02 * len(kept) < len(part) < 0.25 * len(kept)
 
 
 def test_wrong_options(rows, tmp_path):

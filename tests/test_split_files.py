@@ -148,7 +148,7 @@ def test_a_column_groups(tmp_path):
         run(path, "--out", tmp_path / "p", "--stratify", "usr")
 
 
-def test_exact_groups_are_those_of_training(tmp_path, heap):
+def test_exact_groups_go_by_their_first_prompt_alone(tmp_path, heap):
     path = write(tmp_path / "rows.jsonl", heap)
     run(path, "--out", tmp_path / "o", "--group", "exact", "--stratify", "none", "--val", 0.1, "--test", 0.2)
     conversations = load_sources([Source(path=str(path))]).conversations

@@ -197,8 +197,13 @@ def stored_quantization(path: str, trust_remote_code: bool = False) -> dict[str,
             found = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
         except (ValueError, AttributeError):  # said by whoever needs more of it
             return None
+    elif Path(path).exists():  # no model folder, as whoever loads it will say
+        return None
     else:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).to_dict()
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).to_dict()
+        except (OSError, ValueError, KeyError, ImportError):  # the same
+            return None
         found = config.get("quantization_config")
     return found if isinstance(found, dict) else None
 

@@ -37,11 +37,11 @@ def open_run(settings: Train) -> tuple[Train, RunFolder]:
         settings = _whatever_is_there(settings, name)
     run = new_run_folder(settings.out, name)
     if run.begun() and not settings.resume:
-        raise InputError(f"{run.root}: holds a run already; continue it with resume=true, or choose another out=DIR")
+        raise InputError(f"{run.root}: holds a run already; continue it with graft train --resume {run.root}, or choose another out=DIR")
     if not run.exists() and any((run.root / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise InputError(f"{run.root}: holds a model; choose another out=DIR, so that no file of it is touched")
     if settings.resume and not run.exists():
-        raise InputError(f"{run.root}: there is no run to resume; start it without resume=true")
+        raise InputError(f"{run.root}: there is no run to resume; start it without --resume")
     make_writable(run.root)
     clear_up(run)
     if settings.resume:
@@ -63,6 +63,7 @@ def _whatever_is_there(settings: Train, name: str) -> Train:
     if there is None or not there.exists():
         note("resume: auto finds no run yet, so this one begins")
         return settings.model_copy(update={"resume": False})
+    note(f"resume: auto continues {there.root}")
     return settings.model_copy(update={"resume": True, "out": str(there.root)})
 
 

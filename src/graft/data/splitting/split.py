@@ -16,6 +16,9 @@ from graft.types import Conversation
 Part = Literal["train", "val", "test"]
 _KEY = b"graft split 1"
 """Changing it would move every row of every project: never."""
+_HELD_OUT_KEY = b"graft hold out 1"
+"""What training holds out of its data is another choice than the files' parts: of a file that is the training part of a
+split, the same choice would find nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,7 @@ class Parts:
 
 
 def split(conversations: Sequence[Conversation], val: float, test: float) -> Parts:
-    """Divide by a hash of the normalised first prompt into shares of about `val`, `test` and the rest.
+    """What training holds out: by a hash of the normalised first prompt, shares of about `val`, `test` and the rest.
 
     Appending rows moves none, and equal prompts stay together whatever their system text, case, width, blanks and
     punctuation. Nothing more is promised: the shares are met on average (val 0.05 of 100 rows usually gives 1
@@ -38,7 +41,7 @@ def split(conversations: Sequence[Conversation], val: float, test: float) -> Par
     """
     parts: dict[Part, list[Conversation]] = {"train": [], "val": [], "test": []}
     for conversation in conversations:
-        parts[part_of(conversation, val, test)].append(conversation)
+        parts[_part_at(unit(hash64(split_text(conversation), _HELD_OUT_KEY)), val, test)].append(conversation)
     shares: dict[Part, float] = {"train": 1 - val - test, "val": val, "test": test}
     notes = tuple(
         f"the {part} part is empty: {share:.1%} of {len(conversations)} rows, by a hash of their first prompts, "
@@ -50,8 +53,12 @@ def split(conversations: Sequence[Conversation], val: float, test: float) -> Par
 
 
 def part_of(conversation: Conversation, val: float, test: float) -> Part:
-    """Where one conversation goes. Test lies lowest, so that changing `val` leaves the test part as it is."""
-    place = bucket(conversation)
+    """Where one conversation goes when files are divided."""
+    return _part_at(bucket(conversation), val, test)
+
+
+def _part_at(place: float, val: float, test: float) -> Part:
+    """Test lies lowest, so that changing `val` leaves the test part as it is."""
     if place < test:
         return "test"
     return "val" if place < test + val else "train"
@@ -62,9 +69,9 @@ def bucket(conversation: Conversation) -> float:
     return unit(hash64(split_text(conversation)))
 
 
-def hash64(text: str) -> int:
-    """64 bits that depend on the text alone, on every machine the same."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), key=_KEY, digest_size=8).digest()
+def hash64(text: str, key: bytes = _KEY) -> int:
+    """64 bits that depend on text and key alone, on every machine the same."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), key=key, digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 
