@@ -2,15 +2,18 @@
 
     python bench/data.py tokens                        # 50,000 rows of each case, three rounds
     python bench/data.py tokens --case chat --rows 5000 --rounds 3
+    python bench/data.py tokens --once --workers 1     # each real row once and as it is: nothing is known before
     python bench/data.py pipeline                      # import and clean, 50,000 rows
     python bench/data.py pipeline --rows 1000000 --rounds 1 --no-peer [--near]     # about 1 GB: peak memory
+    python bench/data.py split --rows 1000000          # `graft data split --check`, near-duplicates kept together
 
 `tokens`: the same rows, the same tokenizer with its own chat template, the same number of processes. Theirs is what
 `SFTTrainer` does to a data set before it trains (chat template, ids, mask, labels, truncation), ours is `encode_stored`
 (its key, ids, weights, every check, the memory-mapped files). Both begin with the rows in memory as each likes them,
 and end with ids and masks on disk; what it takes to build a trainer around them is not counted. The sides alternate,
-and the medians' ratio is what counts; seconds of processor time stand beside those of the clock, so that a machine with
-other things to do can be told from a slow program.
+and the medians' ratio is what counts. Rows are real ones over and over with words changed, so that most words are
+known: `--once` gives the other end, each row once and no word known. Seconds of processor time stand beside those of
+the clock, so that a machine with other things to do can be told from a slow program.
 
 `pipeline`: `graft data import` and `graft data clean` as commands, with one process and with several, against one
 process of `datasets.map` with the same cleaning functions (batches of 256 rows, an Arrow file as result). Peak memory
@@ -165,7 +168,7 @@ class Peer:
         return self.trainer._prepare_dataset(dataset, self.tokenizer, self.config, False, None, "train")
 
 
-def tokens_case(name: str, rows: int, rounds: int, workers: int) -> dict[str, Any]:
+def tokens_case(name: str, rows: int, rounds: int, workers: int, once: bool) -> dict[str, Any]:
     import datasets
 
     from graft.config.train import Encode
@@ -175,7 +178,9 @@ def tokens_case(name: str, rows: int, rounds: int, workers: int) -> dict[str, An
 
     datasets.disable_progress_bars()
     case = CASES[name]
-    conversations = list(mutated(real_conversations(case.files), rows))
+    real = real_conversations(case.files)
+    conversations = real[:rows] if once else list(mutated(real, rows))
+    rows = len(conversations)
     settings = Encode(max_length=MAX_LENGTH)
     ours, theirs = Timed(), Timed()
     with tempfile.TemporaryDirectory() as folder:
@@ -186,6 +191,8 @@ def tokens_case(name: str, rows: int, rounds: int, workers: int) -> dict[str, An
             # A fresh one each time: it remembers words, and must not know this round's from the last.
             renderer = load_renderer(str(MATERIAL / "tokenizers" / TOKENIZER))
             encode_all(conversations[:300], renderer, settings)
+            if once:
+                renderer = load_renderer(str(MATERIAL / "tokenizers" / TOKENIZER))
             for side in ("ours", "theirs") if number % 2 else ("theirs", "ours"):
                 if side == "ours":
                     os.environ["GRAFT_CACHE"] = str(work / "cache" / str(number))
@@ -203,8 +210,8 @@ def tokens_case(name: str, rows: int, rounds: int, workers: int) -> dict[str, An
         same = compared(store, prepared, [c.id for c in conversations])
         mine, peers = ours.summary(rows), theirs.summary(rows)
         return {
-            "case": name, "data": case.said, "rows": rows, "workers": workers, "rounds": rounds, "graft": mine,
-            "trl": peers, "ratio": mine["rows_per_s"] / peers["rows_per_s"],
+            "case": name, "data": case.said, "rows": rows, "rows_repeat": not once, "workers": workers,
+            "rounds": rounds, "graft": mine, "trl": peers, "ratio": mine["rows_per_s"] / peers["rows_per_s"],
             "ratio_cpu": mine["rows_per_cpu_s"] / peers["rows_per_cpu_s"], **same,
             "graft_tokens": len(store.ids), "graft_targets": int((store.weights > 0).sum()),
             "graft_rejects": len(store.rejects),
@@ -251,6 +258,9 @@ def main() -> None:
     tokens.add_argument("--case", choices=list(CASES), action="append")
     tokens.add_argument("--rows", type=int, default=50_000)
     tokens.add_argument("--rounds", type=int, default=3)
+    tokens.add_argument(
+        "--once", action="store_true", help="each real row once, unchanged, to a renderer that knows none"
+    )
     tokens.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     tokens.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "data_tokens.json")
     steps = kinds.add_parser("pipeline", help="import and clean, against datasets.map")
@@ -260,7 +270,13 @@ def main() -> None:
     steps.add_argument("--near", action="store_true", help="also drop near duplicates")
     steps.add_argument("--no-peer", action="store_true", help="graft alone: its speed and memory on very many rows")
     steps.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "data_pipeline.json")
+    halves = kinds.add_parser("split", help="`graft data split --check`: time and peak memory")
+    halves.add_argument("--rows", type=int, default=1_000_000)
+    halves.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "data_split_million.json")
     args = parser.parse_args()
+    if args.kind == "split":
+        write(args.out, {"what": "graft data split --check, one worker", **environment(1), **pipeline.split(args.rows)})
+        return
     if args.kind == "pipeline":
         found = pipeline.compare(args.rows, args.rounds, args.workers, args.near, not args.no_peer)
         result = {
@@ -273,7 +289,9 @@ def main() -> None:
     result = {
         "what": "ids and masks of the same rows on disk: graft's encode_stored against TRL's preparation, interleaved",
         **environment(args.workers),
-        "cases": [tokens_case(name, args.rows, args.rounds, args.workers) for name in args.case or list(CASES)],
+        "cases": [
+            tokens_case(name, args.rows, args.rounds, args.workers, args.once) for name in args.case or list(CASES)
+        ],
     }
     write(args.out, result)
     for case in result["cases"]:

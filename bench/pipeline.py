@@ -1,4 +1,4 @@
-"""Importing and cleaning as commands, with time and peak memory; `bench/data.py pipeline` runs it.
+"""Importing, cleaning and splitting as commands, with time and peak memory; `bench/data.py` runs them.
 
 python bench/pipeline.py ROWS.jsonl OUT             # the peer's side alone, in this process
 """
@@ -64,6 +64,15 @@ def compare(rows: int, rounds: int, workers: int, near: bool, with_peer: bool) -
         both = 1 / found["import"]["rows_per_s"] + 1 / found["clean, 1 workers"]["rows_per_s"]
         result["ratio_one_process"] = 1 / both / found["datasets.map"]["rows_per_s"]
     return result
+
+
+def split(rows: int) -> dict[str, Any]:
+    """`graft data split --check` once: time, processor time and peak memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "rows.jsonl"
+        write_rows(source, rows)
+        command = [sys.executable, "-m", "graft", "data", "split", str(source), "--out", f"{folder}/parts", "--check"]
+        return {"rows": rows, "bytes": source.stat().st_size, "finished": True, **measured(command)}
 
 
 def write_rows(path: Path, rows: int) -> None:

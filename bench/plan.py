@@ -1,7 +1,7 @@
 """The predicted peak memory and step time of a run against what a run of its own process measures.
 
-    python bench/plan.py                       # three sizes, LoRA and full, two row budgets; on two cores half an hour
-    python bench/plan.py --size 5M --size 40M --out bench/results/plan.json
+    python bench/plan.py                       # three sizes; LoRA, QLoRA (nf4) and full; on two cores half an hour
+    python bench/plan.py --size 5M --size 40M --method qlora --checkpointing full
 
 Each case trains two steps by `graft train` in a new process and takes its largest resident set from the kernel. The
 models are random, of Llama's and Qwen2's shape; the data is made up. What is predicted is predicted in another new
@@ -32,7 +32,7 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
                        "num_attention_heads": 10, "num_key_value_heads": 5, "vocab_size": 150000,
                        "tie_word_embeddings": True}),
 }  # fmt: skip
-BUDGETS = (1024, 2048)
+METHODS = {"lora": ["method=lora"], "qlora": ["method=lora", "quantize=nf4"], "full": ["method=full"]}
 WORDS = ["tree", "node", "token", "row", "leaf", "root", "path", "branch"]
 
 
@@ -98,7 +98,7 @@ def child(words: list[str]) -> None:
 def case(size: str, method: str, row_tokens: int, checkpointing: str, batch: int, work: Path) -> dict[str, Any]:
     run = work / f"run-{size}-{method}-{row_tokens}-{checkpointing}"
     words = [
-        f"model={work / size}", f"data={work / 'data.jsonl'}", f"method={method}", f"row_tokens={row_tokens}",
+        f"model={work / size}", f"data={work / 'data.jsonl'}", *METHODS[method], f"row_tokens={row_tokens}",
         f"checkpointing={checkpointing}", "encode.max_length=1024", "max_steps=2",
         f"batch_size={batch}", "split.val=0", "device=cpu", "precision=fp32",
     ]  # fmt: skip
@@ -111,7 +111,8 @@ def case(size: str, method: str, row_tokens: int, checkpointing: str, batch: int
     return {
         "size": size, "method": method, "row_tokens": row_tokens, "checkpointing": checkpointing,
         "heaviest_row_nodes": predicted["heaviest_row_nodes"], "predicted_bytes": predicted["peak_bytes"],
-        "parts": predicted["bytes"], "measured_bytes": peak, "memory_error": predicted["peak_bytes"] / peak - 1,
+        "parts": predicted["bytes"], "loading_bytes": predicted["loading_bytes"], "measured_bytes": peak,
+        "memory_error": predicted["peak_bytes"] / peak - 1,
         "predicted_s_per_step": predicted["seconds_per_step"], "measured_s_per_step": seconds,
         "time_error": predicted["seconds_per_step"] / seconds - 1,
     }  # fmt: skip
@@ -120,7 +121,7 @@ def case(size: str, method: str, row_tokens: int, checkpointing: str, batch: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), action="append")
-    parser.add_argument("--method", choices=["lora", "full"], action="append")
+    parser.add_argument("--method", choices=list(METHODS), action="append")
     parser.add_argument("--batch", type=int, default=8, help="conversations per step")
     parser.add_argument("--checkpointing", choices=["none", "selective", "full"], action="append")
     parser.add_argument("--budget", type=int, action="append", help="row_tokens")
@@ -136,7 +137,7 @@ def main() -> None:
         "device": f"CPU, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} threads, {platform.machine()}",
         "load_average": os.getloadavg()[0],
         "commit": commit.strip(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
         "cases": [],
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -145,8 +146,8 @@ def main() -> None:
         make_data(work / "data.jsonl")
         for size in args.size or list(SIZES):
             make_model(size, work / size)
-            for method in args.method or ["lora", "full"]:
-                for row_tokens in args.budget or BUDGETS:
+            for method in args.method or list(METHODS):
+                for row_tokens in args.budget or [2048]:
                     for checkpointing in args.checkpointing or ["none"]:
                         found = case(size, method, row_tokens, checkpointing, args.batch, work)
                         result["cases"].append(found)

@@ -48,6 +48,8 @@ def test_data_in_every_form():
         ("batchsize: 3", "unknown setting `batchsize`; did you mean `batch_size`?"),
         ("max_length: 512", "unknown setting `max_length`; did you mean `encode.max_length`?"),
         ("epochs: many", "`epochs` = 'many'"),
+        ("optimizer: adamw8bit", "'galore', 'apollo' or 'sgd'; did you mean `adamw_8bit`?"),
+        ("checkpointing: selectiv", "did you mean `selective`?"),
         ("lora: 7", "`lora` = 7"),
         ("split: {val: 0.7, test: 0.6}", "val 0.7 + test 0.6 leave nothing to train on"),
         ("lr: yes", "not yes or no"),

@@ -89,21 +89,21 @@ def test_the_broken_line_is_named_after_the_rows_before_it(tmp_path, small_chunk
     path.write_text("[" + ",\n".join(lines) + "]")
     rows = read_rows(path)
     assert [next(rows).value for _ in range(5)] == [{"n": number} for number in range(5)]
-    with pytest.raises(InputError, match=r"a\.json:6: broken JSON at column 9 \(Expecting property name"):
+    with pytest.raises(InputError, match=r"a\.json, line 6: broken JSON at column 9 \(Expecting property name"):
         next(rows)
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b'[{"a": 1},\n {"a": 2},\n]', ":3: broken JSON at column 1"),
-        (b'[{"a": 1},\n {"a": "x\n"}]', ":2: broken JSON at column 10 (Invalid control character"),
-        (b'[{"a": 1}\n {"a": 2}]', ":2: broken JSON at column 2 (Expecting ',' delimiter)"),
-        (b'[{"a": 1},\n\n {"a": 2}', ":3: broken JSON at column 10"),
-        (b'[{"a": 1},\n{}] {"a": 2}', ":2: broken JSON at column 5 (Extra data)"),
-        (b'[{"a": 1},\n\xe4\xbd\xa0\n {"a": "\xb0\xa1"}]', ":3: byte 0xb0 is not UTF-8"),
-        (b'[{"a": 1},\n {"a": "\xe4\xbd', ":2: byte 0xe4 is not UTF-8"),
-        (b'[{"a": 1},\n {"a": 1e999}]', ":2: unusable JSON (the number 1e999 is too large)"),
+        (b'[{"a": 1},\n {"a": 2},\n]', ", line 3: broken JSON at column 1"),
+        (b'[{"a": 1},\n {"a": "x\n"}]', ", line 2: broken JSON at column 10 (Invalid control character"),
+        (b'[{"a": 1}\n {"a": 2}]', ", line 2: broken JSON at column 2 (Expecting ',' delimiter)"),
+        (b'[{"a": 1},\n\n {"a": 2}', ", line 3: broken JSON at column 10"),
+        (b'[{"a": 1},\n{}] {"a": 2}', ", line 2: broken JSON at column 5 (Extra data)"),
+        (b'[{"a": 1},\n\xe4\xbd\xa0\n {"a": "\xb0\xa1"}]', ", line 3: byte 0xb0 is not UTF-8"),
+        (b'[{"a": 1},\n {"a": "\xe4\xbd', ", line 2: byte 0xe4 is not UTF-8"),
+        (b'[{"a": 1},\n {"a": 1e999}]', ", line 2: unusable JSON (the number 1e999 is too large)"),
         (b"[" * 100_000, "nested more than 100 levels deep"),
     ],
 )

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from graft.model import device as device_module
 from graft.model.trees import LogitShape, shape_logits
 from graft.train import loss as loss_module
 from graft.train.loss import PLAIN, Objective, linear_nll, logits_nll
@@ -19,7 +20,9 @@ def problem(predictors: int = 23, vocabulary: int = 50, bias: bool = False):
 @pytest.mark.parametrize("shape", [LogitShape(), LogitShape(softcap=2.0), LogitShape(scale=0.3), LogitShape(3.0, 1.5)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_chunks_equal_full_logits(monkeypatch, shape, bias, chunk):
+@pytest.mark.parametrize("smallest_mapping", [1, 2**22])
+def test_chunks_equal_full_logits(monkeypatch, shape, bias, chunk, smallest_mapping):
+    monkeypatch.setattr(device_module, "SMALLEST_MAPPING", smallest_mapping)
     head, hidden, labels, weights = problem(bias=bias)
     wanted = logits_nll(shape_logits(head(hidden), shape), labels, weights)
     (wanted.nll * 1.7).backward()

@@ -24,6 +24,8 @@ from graft.model.attention import TreeRow
 from graft.model.count import Counter
 from graft.model.device import pick_precision
 from graft.model.linear import few_pieces
+from graft.model.load import load_base
+from graft.model.lora_quantized import fuse_quantized_lora
 from graft.model.machine import measure_rates
 from graft.model.remember import remember
 from graft.model.trees import TreeLM
@@ -137,6 +139,27 @@ def test_recipes_in_the_place_of_activations_are_counted(family, tmp_path):
     assert counted < 0.95 * sum(count_row(made(settings_for(tmp_path)), row).peak.values())
 
 
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_a_quantised_base_is_counted_without_its_weights(mode, tmp_path):
+    packed = pytest.importorskip("bitsandbytes.nn").Params4bit
+    sizes = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 256}
+    make_model(LlamaConfig(**(ON_TREES["llama"].to_dict() | sizes))).save_pretrained(tmp_path)
+    settings = settings_for(tmp_path, "quantize=nf4", f"checkpointing={mode}")
+    (row,) = build_rows(branching_examples(), 256)
+    model = add_lora(load_base(str(tmp_path), torch.float32, quantize="nf4"), settings.lora, 0)
+    assert fuse_quantized_lora(model) == 4 * 7
+    remember(model, mode)
+    lm = TreeLM(model)
+    lm.model.train()
+    found = made(settings)
+    assert sum(count_row(found, row).peak.values()) == pytest.approx(count_with_weights(lm, row), rel=0.02)
+    frozen = [p for p in dict.fromkeys(model.parameters()) if not p.requires_grad]
+    states = [p.quant_state for p in frozen if isinstance(p, packed)]
+    frozen += [t for s in states for t in (s.absmax, s.code, s.offset, s.state2.absmax, s.state2.code)]
+    assert found.frozen_bytes == sum(t.numel() * t.element_size() for t in frozen)
+    assert found.mapped_bytes == 4 * sum(s.shape.numel() for s in states)
+
+
 @pytest.mark.parametrize("layers", [(0,), (2, 5)])
 def test_layers_above_trained_ones_keep_what_their_gradient_needs(layers, tmp_path):
     config = LlamaConfig(**(ON_TREES["llama"].to_dict() | {"num_hidden_layers": 6}))
@@ -189,7 +212,7 @@ def test_states_of_optimizers_are_those_of_a_real_step(base, optimizer, options)
 
 @pytest.mark.parametrize(
     ("override", "reason"),
-    [("quantize=nf4", "quantised"), ("compile=true", "compiler"), ("offload_activations=true", "transfers"),
+    [("quantize=int8", "quantised"), ("compile=true", "compiler"), ("offload_activations=true", "transfers"),
      ("checkpointing=auto", "none, selective or full")],
 )  # fmt: skip
 def test_what_cannot_be_counted_is_said(base, override, reason):

@@ -153,7 +153,7 @@ def test_merging_goes_onto_the_unquantised_base(folder, tmp_path, kind):
 def test_the_library_gives_right_numbers_here_and_wrong_ones_are_refused(kind, monkeypatch):
     check_quantize(kind, CPU, torch.float32)
     check_quantize(kind, CPU, torch.bfloat16)
-    monkeypatch.setattr(quantize, "_error_of_a_product", lambda *given: float("nan"))
+    monkeypatch.setattr(quantize, "error_of_a_product", lambda *given: float("nan"))
     with pytest.raises(ConfigError, match="computes wrong numbers on cpu"):
         check_quantize(kind, CPU, torch.float32)
 

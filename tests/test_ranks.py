@@ -1,8 +1,12 @@
 """Several processes: the same run as one, whatever their number, and no process left hanging."""
 
+import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +25,7 @@ from graft.runs import RunFolder
 from graft.tokens.deal import Prices, deal
 from graft.tokens.tree import build_rows
 from graft.train.loop import train
+from graft.train.step import Stepper
 from graft.train.together import refuse_with_ranks
 
 
@@ -125,8 +130,6 @@ def test_a_run_goes_on_with_another_number_of_processes(base, tmp_path):
 
 
 def map_lines(path: Path) -> list[dict]:
-    import json
-
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -159,13 +162,57 @@ def test_a_full_disk_in_the_first_process_ends_all(base, tmp_path):
 
 
 def run_with_a_full_disk(rank: int, settings: Train) -> str:
-    from graft.train import checkpoint
+    from graft.train import save
 
     def full(*_args: object, **_more: object) -> None:
         raise OSError(28, "No space left on device")
 
-    checkpoint.save_model = full
+    save.write_mapping = full  # the optimizer's file, which the rehearsal does not write
     return run_as(rank, settings)
+
+
+def hang_after_two_steps(rank: int, settings: Train, how: str) -> str:
+    from graft.train import watchdog
+
+    watchdog.TICK, watchdog.SILENT, watchdog.LATE, watchdog.FIRST = 0.3, 4.0, 4.0, 60.0
+    accumulate = Stepper.accumulate
+
+    def accumulate_or_not(self: Stepper, row: object, number: tuple[int, int], weight: float) -> object:
+        if rank == 1 and number[0] == 2:
+            if how == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            lost_in_thought()
+        return accumulate(self, row, number, weight)
+
+    Stepper.accumulate = accumulate_or_not
+    return run_as(rank, settings)
+
+
+def lost_in_thought() -> None:
+    time.sleep(100)
+
+
+@pytest.mark.parametrize("how", ["late", "stopped", "killed"])
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_process_that_hangs_is_named_and_the_run_ends(base, tmp_path, capfd, how, saved):
+    settings = settings_for(base, tmp_path, "run", "save_every=1" if saved else "save_every=99")
+    if not saved:
+        settings = settings.model_copy(update={"split": settings.split.model_copy(update={"val": 0.0})})
+    found = together(2, hang_after_two_steps, settings, how, seconds=30)
+    said = capfd.readouterr().err
+    if how == "killed":
+        assert found[1] == "exit code -9"
+        assert "lost the other processes" in said + found[0] or "rank 1" in said, (said, found)
+        return
+    assert found[0] == f"exit code {5 if saved else 1}", found
+    assert "rank 1 on" in said, said
+    assert "(pid " in said
+    if how == "late":
+        assert "lost_in_thought" in said, said
+    assert ("--resume" in said) == saved
+    assert said.count("The run is ended") == 1
 
 
 @pytest.mark.parametrize(
@@ -233,7 +280,7 @@ def test_the_command_line_starts_them_and_passes_their_exit_code_on(base, tmp_pa
     ]  # fmt: skip
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("2 processes") == 1
+    assert done.stderr.count("weights spread over 2") == 1
     assert "Traceback" not in done.stderr
     again = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert again.returncode == 2

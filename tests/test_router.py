@@ -113,6 +113,8 @@ def test_checkpointed_layers_give_the_same_balance():
 def test_a_model_without_such_a_loss_is_named(family):
     with pytest.raises(ConfigError, match="no load-balancing loss"):
         RouterWatch(TreeLM(tiny_model(family)), 0.01)
+    with pytest.raises(ConfigError, match="it has no experts"):
+        RouterWatch(TreeLM(tiny_model(family)), None)
 
 
 def test_a_run_logs_the_balance_and_says_what_lora_does_not_reach(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from jinja2 import TemplateError
 from test_encode import byte_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -104,7 +105,7 @@ def test_the_check_can_fail():
     tokeniser = Tokeniser(tokenizer)
     tokeniser._cuts = frozenset({"<a>", "<b>"})
     texts = ["b  <a>"] * 10
-    cut = [tokeniser._pieces(text) for text in texts]
+    cut = tokeniser._cut(texts)
     assert cut[0] == ["b  ", "<a>"]
     assert sum(tokeniser._fast(cut[0]), []) != slow_ids(tokenizer, texts)[0], "the case must arise"
     assert tokeniser.ids(texts) == slow_ids(tokenizer, texts)
@@ -190,10 +191,11 @@ def test_a_quickened_template_writes_the_same():
         except Exception as error:
             return repr(error)
 
-    before = [said(one), said(two)]
-    assert before == ["1user4TrueHi20", "TemplateError('too many')"]
-    assert direct._compiled(source) is not None
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    assert type(_compile_jinja_template(source).globals) is dict, "transformers must keep what it compiled"
-    assert [said(one), said(two)] == before
+    assert [said(one), said(two)] == ["1user4TrueHi20", "TemplateError('too many')"]
+    quick, _ = direct._compiled(source)
+    assert type(quick.globals) is dict
+    names = {"tools": None, "documents": None, "add_generation_prompt": False, **tokenizer.special_tokens_map}
+    assert quick.render(names, messages=one) == said(one)
+    with pytest.raises(TemplateError, match="too many"):
+        quick.render(names, messages=two)
+    assert [said(one), said(two)] == ["1user4TrueHi20", "TemplateError('too many')"], "transformers' own is left alone"

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from graft.errors import DataRefused, Diverged, InputError, Interrupted
 from graft.runs import RunFolder
 from graft.train import checkpoint as checkpoint_module
 from graft.train import loop
+from graft.train import save as save_module
 from graft.train import validate as validate_module
 from graft.train.loop import train
 from graft.train.schedule import learning_rate
@@ -188,21 +190,22 @@ def test_a_damaged_checkpoint_is_passed_over(base, tmp_path):
     older = checkpoint_module.newest_checkpoint(run)
     assert older is not None
     assert checkpoint_module.step_of(older) == checkpoint_module.step_of(newest) - 1
+    shutil.rmtree(run.final)
     again = train(settings_for(base, tmp_path, "save_every=1", "keep_last=3", "resume=true"))
     assert all(torch.equal(final_weights(again)[name], value) for name, value in unbroken.items())
 
 
 def test_a_full_disk_loses_nothing(base, tmp_path, monkeypatch):
-    save_file, calls = checkpoint_module.save_file, []
+    write_mapping, calls = save_module.write_mapping, []
 
-    def full(tensors, path):
+    def full(path, tensors):
         calls.append(1)
         if len(calls) == 3:
             Path(path).write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(tensors, path)
+        write_mapping(path, tensors)
 
-    monkeypatch.setattr(checkpoint_module, "save_file", full)
+    monkeypatch.setattr(save_module, "write_mapping", full)
     with pytest.raises(
         InputError, match=r"step-6: cannot be saved \(No space left on device.*step-4 is complete"
     ) as caught:
@@ -211,7 +214,7 @@ def test_a_full_disk_loses_nothing(base, tmp_path, monkeypatch):
     run = RunFolder(tmp_path / "run")
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-2", "step-4"]
     resumed = train(settings_for(base, tmp_path, "save_every=2", "eval_every=50", "resume=true"))
-    monkeypatch.setattr(checkpoint_module, "save_file", save_file)
+    monkeypatch.setattr(save_module, "write_mapping", write_mapping)
     assert_same_run(train(settings_for(base, tmp_path, "save_every=2", "eval_every=50", out="unbroken")), resumed)
 
 
@@ -221,6 +224,8 @@ def test_a_resumed_run_must_be_the_same_run(base, tmp_path):
         train(settings_for(base, tmp_path))
     with pytest.raises(InputError, match="seed was 0, is 5"):
         train(settings_for(base, tmp_path, "resume=true", "seed=5"))
+    with pytest.raises(InputError, match=r"has changed: lora\.r was 16, is 3; lora\.dropout was 0\.1, is 0\.5\. Undo"):
+        train(settings_for(base, tmp_path, "resume=true", "lora.r=3", "lora.dropout=0.5"))
     write_rows(tmp_path / "data.jsonl", make_conversations(41))
     with pytest.raises(InputError, match="encoded data was"):
         train(settings_for(base, tmp_path, "resume=true"))

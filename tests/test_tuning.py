@@ -264,6 +264,8 @@ def test_every_kind_is_either_tested_or_refused_with_a_reason():
         ),
         (("method=peft", "peft={type: OFT, r: 4, oft_block_size: 4}"), "PEFT refuses it: "),
         (("method=peft", "peft={type: LORA, eva_config: {rhoo: 1}}"), "eva_config has no option `rhoo`"),
+        (("method=peft", "peft={type: VERA, r: wide}"), "r = 'wide': a number is expected"),
+        (("method=peft", "peft={type: VERA, save_projection: 3}"), "save_projection = 3: true or false is expected"),
         (("method=peft",), "method=peft needs the kind"),
         (("method=peft", "peft={type: VERA}", "new_tokens=[a]"), "no place for new tokens"),
         (("lora.init_lora_weights=loftq",), "LoftQ replaces the base's weights"),
@@ -297,9 +299,32 @@ def test_what_cannot_be_is_refused_before_anything_is_read(overrides, said):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
+        (("attention=flex",), "attention=flex cannot be used"),
+        (("kernels=liger",), "kernels=liger needs a CUDA device"),
+        (("offload_activations=true",), "whose activations are there already"),
+        (("precision=fp32", "method=full", "master_weights=stochastic"), "set precision=bf16"),
+        (("method=freeze", "freeze.layers=3"), "the model has 2 decoder layers"),
+    ],
+)
+def test_what_the_device_or_the_model_lacks_is_refused_before_there_is_a_run_folder(base, tmp_path, overrides, said):
+    settings = _settings(base, tmp_path, "device=cpu", *overrides)
+    with pytest.raises(ConfigError, match=said):
+        train(settings)
+    assert not Path(settings.out).exists()
+
+
+def test_a_value_that_peft_cannot_use_is_not_laid_to_the_target_modules(base, tmp_path):
+    overrides = ("method=peft", "peft={type: LOHA, r: 2.5}")
+    with pytest.raises(ConfigError, match="LOHA: PEFT cannot put it on this model") as error:
+        train(_settings(base, tmp_path, *overrides))
+    assert "target_modules" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
         (("lora.target_modules=[nothing]",), "linear layers: q_proj"),
         (("lr_patterns={nothing: 1e-4}",), "'nothing' is in no trained parameter's name"),
-        (("method=freeze", "freeze.layers=3"), "the model has 2 decoder layers"),
         (("method=freeze", "freeze.patterns=[nothing]"), r"model.layers.0..1.\*"),
         (("method=freeze", "new_tokens=[Arvenia]"), "leaves the embeddings as they are"),
         (("new_tokens=[a]",), r"is one token already \(id \d+\)"),

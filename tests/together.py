@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import queue
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +19,9 @@ def free_port() -> int:
 
 
 def together(size: int, work: Callable[..., Any], *args: Any, seconds: float = 240) -> list[Any]:
-    """What `work(rank, *args)` gives in each of several processes, or the text of the error that it ended with.
+    """What `work(rank, *args)` gives in each of several processes, or the text of the error or exit that ended it.
 
-    Raises:
-        TimeoutError: not all have ended in time; they are killed.
+    Those that have not ended in time are killed, and their text says so.
     """
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
@@ -30,15 +31,26 @@ def together(size: int, work: Callable[..., Any], *args: Any, seconds: float = 2
     ]
     for process in processes:
         process.start()
+    found: dict[int, Any] = {}
+    deadline = time.monotonic() + seconds
     try:
-        found = dict(answers.get(timeout=seconds) for _ in processes)
-    except Exception as error:
-        raise TimeoutError(f"{size} processes did not end within {seconds} s") from error
+        while len(found) < size:
+            try:
+                rank, answer = answers.get(timeout=0.2)
+                found[rank] = answer
+                continue
+            except queue.Empty:
+                pass
+            for rank, process in enumerate(processes):  # one that left without an answer
+                if rank not in found and process.exitcode is not None and answers.empty():
+                    found[rank] = f"exit code {process.exitcode}"
+            if time.monotonic() > deadline:
+                break
     finally:
         for process in processes:
-            process.join(10)
+            process.join(0.1 if process.exitcode is None and len(found) < size else 10)
             process.kill()
-    return [found[rank] for rank in range(size)]
+    return [found.get(rank, f"did not end within {seconds} s") for rank in range(size)]
 
 
 def _be(rank: int, size: int, port: int, answers: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -22,6 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from graft.private import hide_secrets
 from graft.visible import escape_hidden
 
 T = TypeVar("T")
@@ -39,14 +40,19 @@ out = Console(highlight=False, soft_wrap=True)
 _warned: set[str] = set()
 
 
+def _shown(text: str) -> str:
+    """The text without secrets, and with hidden characters written out."""
+    return escape_hidden(hide_secrets(text))
+
+
 def note(text: str) -> None:
     """One line about what is being done or was decided."""
-    err.print(f"[dim]·[/dim] {escape(escape_hidden(text))}")
+    err.print(f"[dim]·[/dim] {escape(_shown(text))}")
 
 
 def warn(text: str) -> None:
     """Something the user should know but need not stop for."""
-    err.print(f"[yellow]! {escape(escape_hidden(text))}[/yellow]")
+    err.print(f"[yellow]! {escape(_shown(text))}[/yellow]")
 
 
 def warn_once(text: str) -> None:
@@ -64,7 +70,7 @@ def hush() -> None:
 def fail(text: str) -> None:
     """Why the command ends without having done its work."""
     err.quiet = False
-    err.print(f"[bold red]error:[/bold red] {escape(escape_hidden(text))}")
+    err.print(f"[bold red]error:[/bold red] {escape(_shown(text))}")
 
 
 def table(
@@ -77,8 +83,46 @@ def table(
     for index, column in enumerate(columns):
         view.add_column(escape(column), justify="left" if index == 0 or column in text else "right", overflow="fold")
     for row in rows:
-        view.add_row(*(escape(escape_hidden(cell)) for cell in row))
+        view.add_row(*(escape(_shown(cell)) for cell in row))
     (out if to_stdout else err).print(view)
+
+
+def mark(well: bool | None, text: str) -> None:
+    """A result on stdout behind a sign: well, not well, or (None) worth knowing."""
+    out.print(f"{_sign(well)} {escape(_shown(text))}")
+
+
+def facts(title: str, rows: Iterable[Sequence[str]]) -> None:
+    """Names and what they are, on stdout."""
+    view = Table(
+        title=escape(_shown(title)), title_justify="left", title_style="bold", box=None, pad_edge=False,
+        show_header=False,
+    )  # fmt: skip
+    view.add_column(no_wrap=True, style="dim")
+    view.add_column(overflow="fold")
+    for row in rows:
+        view.add_row(*(escape(_shown(cell)) for cell in row))
+    out.print(view, "")
+
+
+def checks(title: str, rows: Iterable[tuple[bool | None, str, str]], foot: str) -> None:
+    """Things that were checked, on stdout: a sign (None: does not matter), what it is, and a remark."""
+    view = Table(
+        title=escape(_shown(title)), title_justify="left", title_style="bold", box=None, pad_edge=False,
+        show_header=False, caption=escape(_shown(foot)), caption_justify="left", caption_style="dim",
+    )  # fmt: skip
+    view.add_column()
+    view.add_column(no_wrap=True)
+    view.add_column(overflow="fold", style="dim")
+    for well, what, said in rows:
+        view.add_row(_sign(well), escape(_shown(what)), escape(_shown(said)))
+    out.print(view, "")
+
+
+def _sign(well: bool | None) -> str:
+    if well is None:
+        return "[yellow]–[/yellow]"
+    return "[green]✓[/green]" if well else "[bold red]✗[/bold red]"
 
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:

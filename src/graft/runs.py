@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -83,6 +83,15 @@ class RunFolder:
         """Whether a run has logged or saved something here."""
         return self.metrics.is_file() or any(self.checkpoints.glob("step-*"))
 
+    def finished(self) -> bool:
+        """Whether `final/` is there and every file of it has its size."""
+        files = read_manifest(self.final) or {}
+        there = [self.final / name for name in files]
+        return bool(there) and all(
+            path.is_file() and path.stat().st_size == size
+            for path, (size, _) in zip(there, files.values(), strict=True)
+        )
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """The logged objects in order; a line torn by a crash is left out."""
         return list(read_jsonl(self.metrics)) if self.metrics.is_file() else []
@@ -105,16 +114,49 @@ def weights_fingerprint(folder: str) -> str:
     return digest.hexdigest()[:16]
 
 
+MANIFEST = "manifest.json"
+
+
+def read_manifest(folder: Path) -> dict[str, tuple[int, str]] | None:
+    """Size and SHA-256 of every file that was written there, by name; None where that cannot be read."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return {name: (int(wanted["bytes"]), str(wanted["sha256"])) for name, wanted in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def write_manifest(folder: Path, files: Mapping[str, tuple[int, str]]) -> None:
+    """What `read_manifest` reads."""
+    listed = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()}
+    write_atomic(folder / MANIFEST, json.dumps({"files": listed}, indent=1))
+
+
+def newest_run(folder: Path, name: str = "*") -> RunFolder | None:
+    """The run under a folder to go on with: the latest one that is not finished, else the latest; None without any."""
+    found = [RunFolder(path.parent) for path in folder.glob(f"{name}/config.yaml")]
+    return max(found, key=lambda run: (not run.finished(), _last_written(run)), default=None)
+
+
+def _last_written(run: RunFolder) -> int:
+    return max(path.stat().st_mtime_ns for path in (run.config, run.metrics) if path.is_file())
+
+
 def new_run_folder(wanted: str | None, default_name: str) -> RunFolder:
     """The folder for a new run: `wanted` as it is, else runs/NAME, numbered when there is something already."""
     if wanted is not None:
         return RunFolder(Path(wanted))
-    name = re.sub(r"[^\w.-]+", "-", default_name).strip("-.") or "run"
+    name = run_name(default_name)
     number, folder = 1, Path("runs") / name
     while folder.is_file() or (folder.is_dir() and any(folder.iterdir())):  # a start that failed leaves it empty
         number += 1
         folder = Path("runs") / f"{name}-{number}"
     return RunFolder(folder)
+
+
+def run_name(text: str) -> str:
+    """A text as the name of a folder."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "run"
 
 
 def make_writable(folder: Path) -> None:
@@ -176,9 +218,48 @@ def fsync_folder(folder: Path) -> None:
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one object as a line, in one write, so that a crash tears at most the last line."""
-    with path.open("ab") as file:
-        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    """Append one object as a line, in one write, so that a crash tears at most the last line.
+
+    Raises:
+        InputError: the disk is full or broken.
+    """
+    try:
+        with path.open("ab") as file:
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); free some space, or mend the disk") from None
+
+
+def drop_last_rows(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Cut off the lines after the last one that is wanted; a torn one at the end goes too.
+
+    Looks from the end, so that it takes as long as what is dropped, however long the file is.
+    """
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        tail = b""
+        start = end
+        while start > 0:
+            size = min(_EDGE_BYTES, start)
+            start -= size
+            file.seek(start)
+            tail = file.read(size) + tail
+            lines = tail.splitlines(keepends=True)
+            for line in reversed(lines[1:] if start else lines):  # the first one may begin before this piece
+                if line.endswith(b"\n") and _wanted(line, wanted):
+                    file.truncate(end)
+                    return
+                end -= len(line)
+            tail = lines[0] if start else b""
+        file.truncate(0)
+
+
+def _wanted(line: bytes, wanted: Callable[[dict[str, Any]], bool]) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and wanted(row)
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ import typer
 from graft.cli.chat import chat
 from graft.cli.data.app import app as data
 from graft.cli.demo import demo
+from graft.cli.doctor import doctor
 from graft.cli.evaluate import evaluate
 from graft.cli.plan import plan
 from graft.cli.plot import plot
@@ -41,6 +42,7 @@ app.command()(predict)
 app.command()(chat)
 app.command()(plot)
 app.command()(schema)
+app.command()(doctor)
 
 
 def _paragraphs(text: str) -> str:
@@ -73,9 +75,11 @@ def main() -> None:
     import logging
     import os
     import signal
+    import traceback
     import warnings
 
     from graft.console import fail
+    from graft.private import hide_user
 
     # What the libraries below say about their own insides is not for the user of graft; errors still are.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -107,3 +111,7 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
         sys.exit(0)
+    except Exception:  # a defect of graft: its traceback is for a report, and may quote what should not be in one
+        sys.stderr.write(hide_user(traceback.format_exc()))
+        fail("this is a defect of graft; please report it with the lines above and with what `graft doctor` prints")
+        sys.exit(1)

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from graft.errors import ConfigError, first_line
+from graft.private import secret_in
 
 S = TypeVar("S", bound="Settings")
 
@@ -53,7 +54,14 @@ def load(
     for key, value in (flags or {}).items():
         if value is not None:
             _set(values, tuple(key.split(".")), value, f"--{key}")
-    return _validate(model, values, lines, str(recipe) if recipe else "the command line")
+    place = str(recipe) if recipe else "the command line"
+    for path in secret_in(values):
+        where = f"{place}:{lines[path]}" if path in lines else place
+        raise ConfigError(
+            f"{where}: `{'.'.join(path)}` holds a password or a key, and settings are written into files; put it into "
+            "an environment variable or a netrc file, and take it out of the address"
+        )
+    return _validate(model, values, lines, place)
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
@@ -156,6 +164,8 @@ def _explain(model: type[Settings], item: Any, lines: Mapping[tuple[str, ...], i
             return f"{where}: `{key}` is needed, for example --{key} PATH or `{key}: PATH` in the recipe"
         return f"{where}: `{key}` is needed"
     message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "literal_error" and isinstance(item["input"], str):
+        message += did_you_mean(item["input"], re.findall(r"'([^']*)'", item["ctx"]["expected"]))
     return f"{where}: `{key}` = {item['input']!r}: {message}" if key else f"{where}: {message}"
 
 

@@ -222,15 +222,22 @@ class Train(Settings):
     """Validate every so many steps (always at step 0 and at the end too); None is ten times per run."""
     save_every: int | None = Field(default=None, ge=1)
     """Checkpoint every so many steps; None is at every validation."""
+    save_async: Literal["auto"] | bool = "auto"
+    """Write checkpoints while the run goes on, from a copy in the host's memory; `auto` does so where a checkpoint is
+    larger than 1 GiB and the run computes on an accelerator."""
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints kept besides the best one."""
+    keep_optimizer: int | None = Field(default=None, ge=1)
+    """Only so many of the newest checkpoints keep the optimizer's state, without which a run cannot go on exactly; null
+    keeps all. With `patience` the best one keeps it too."""
     patience: int | None = Field(default=None, ge=1)
     """Stop after so many validations without a better loss; `final/` then holds the best weights."""
     log_every: int = Field(default=1, ge=1)
     trace: bool = False
     """Write trace.jsonl: the conversation ids and rows of every optimizer step."""
-    resume: bool = False
-    """Continue the run in `out` from its newest complete checkpoint, exactly as if it had never stopped."""
+    resume: bool | str = False
+    """Continue the run in `out` exactly as if it had never stopped: from its newest complete checkpoint (true), or from
+    the checkpoint folder that is named. `auto` continues what is there, and begins the run where nothing is."""
 
     @property
     def peak_lr(self) -> float:

@@ -63,9 +63,9 @@ def covariances(model: PreTrainedModel, config: LoraConfig, samples: Sequence[Te
     preprocess_corda(model, config, run_model=look)
 
 
-def adapter_tensors(model: PeftModel, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The adapter's tensors as PEFT saves them, copied; out of a state of the model, None is its own."""
-    tensors = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter's tensors as PEFT saves them, copied."""
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: value.detach().cpu().clone() for name, value in tensors.items()}
 
 

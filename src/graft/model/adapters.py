@@ -41,6 +41,8 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int, samples: 
         if isinstance(config, LoraConfig) and config.init_lora_weights == "eva":
             learn_start(tuned, samples)
     except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError, ImportError, re.error) as error:
+        if "target" not in str(error).lower():  # a value of another option, which PEFT looks at only now
+            raise ConfigError(f"{kind_of(config)}: PEFT cannot put it on this model: {first_line(error)}") from None
         names = ", ".join(linear_names(model))
         targets = getattr(config, "target_modules", None)
         shown = sorted(targets) if isinstance(targets, set) else targets

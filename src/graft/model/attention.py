@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from graft.model.attention_parts import Parts, attention_in_parts
 from graft.model.count import ATTENTION, part
 from graft.model.device import send
 from graft.model.row_mask import Form, RowMask, mask_function
@@ -173,7 +175,41 @@ def added_to_scores(n: int, m: int, shape: Shape, like: Tensor, first: int = 0) 
 
 
 def segment_attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow, shape: Shape) -> Tensor:
-    """[1, H, N, D]: each unbranched run of nodes attends to its ancestors' keys and causally to its own.
+    """[1, H, N, D]: each unbranched run of nodes attends to its ancestors' keys and causally to its own."""
+    if _in_parts(query, value, tree, shape):
+        return _attention_in_parts(query, key, value, tree, shape)
+    return _attention_by_run(query, key, value, tree, shape)
+
+
+def _in_parts(query: Tensor, value: Tensor, tree: TreeRow, shape: Shape) -> bool:
+    """Whether the CPU's kernel, which alone gives log-sum-exps, computes this as it is."""
+    reach = min((size for size in (shape.window, shape.chunk) if size is not None), default=len(tree.row))
+    whole = reach >= max(map(add, tree.segments.sizes, tree.segments.offsets))
+    fast = _format(query).itemsize > 2 or max(tree.segments.sizes) < FASTER_IN_16_BITS
+    plain = shape.plain and shape.slopes is None and not shape.dropout
+    return query.device.type == "cpu" and plain and whole and fast and query.shape[-1] == value.shape[-1]
+
+
+def _attention_in_parts(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow, shape: Shape) -> Tensor:
+    wanted = _format(query)
+    form = torch.float32 if wanted.itemsize == 2 else wanted
+    query, key, value = (tensor.to(form) for tensor in (query, key, value))
+    name = ("parts", form)
+    if name not in tree.prepared:
+        made = Parts.of(tree.segments)
+        tree.prepared[name] = made, made.mask(query)
+    parts, mask = tree.prepared[name]
+    return attention_in_parts(query, key, value, parts, mask, shape.scaling).to(wanted)
+
+
+def _format(query: Tensor) -> torch.dtype:
+    """The number format in which torch's attention would compute."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+
+
+def _attention_by_run(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow, shape: Shape) -> Tensor:
+    """Each run by a call of its own, its ancestors' keys and values copied before its own.
 
     Splitting once and concatenating the pieces keeps the backward pass at the size of what was used; slicing N-long
     keys once per run would make autograd add N-long zeros as often.

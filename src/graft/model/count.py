@@ -96,6 +96,7 @@ class Counter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func.namespace == "prim":
             return result
+        self._see_passing(_inside(func, args))
         fresh = [tensor for tensor in _tensors(result) if self._see(tensor)]
         flops = _flops(func, args, kwargs or {}, result)
         if flops or fresh or func._schema.is_mutable:
@@ -107,6 +108,13 @@ class Counter(TorchDispatchMode):
             else:
                 work.moved += sum(_bytes(tensor) for tensor in (*_tensors(args), *fresh))
         return result
+
+    def _see_passing(self, size: int) -> None:
+        """Bytes that an operation took and gave back before it returned."""
+        if size and self._alive + size > self._most:
+            self._most = self._alive + size
+            self.counted.peak = self.counted.alive.copy()
+            self.counted.peak[_part.get()] += size
 
     def _see(self, tensor: Tensor) -> bool:
         """Whether a tensor has memory that was not there before; its end is noted too."""
@@ -143,9 +151,19 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def _inside(func: Any, args: Any) -> int:
+    """Bytes of what bitsandbytes' 4-bit product makes inside on a CPU: the weight out of its format, and its scales."""
+    if func.namespace != "bitsandbytes" or "gemm_4bit" not in func.__name__ or args[0].device.type != "cpu":
+        return 0
+    numel, block = args[2][0] * args[2][1], args[4]
+    return int(numel * args[0].element_size() + 2 * 4 * (numel // block))
+
+
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> float:
     """By torch's own formulas; it has none for the CPU's attention kernel."""
     packet = func._overloadpacket
+    if func.namespace == "bitsandbytes" and "gemm_4bit" in func.__name__:
+        return float(2 * args[0].numel() * args[2][0])
     if packet is aten._scaled_dot_product_flash_attention_for_cpu:
         causal = bool(args[4]) if len(args) > 4 else False
         return float(sdpa_flop_count(*(tensor.shape for tensor in args[:3]))) / (2 if causal else 1)

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from graft.model.product import times, times_transposed
 
 PIECE_BYTES = 2**19
 """Of one tensor's piece, for each thread, so that a few of them fit a core's cache."""
@@ -77,7 +78,7 @@ class Weights:
 def product(x: Tensor, layer: Weights) -> Tensor:
     """[T, i] -> [T, o]; all in one number format."""
     layer = layer.for_tokens(len(x))
-    y = F.linear(x, layer.weight, layer.bias)
+    y = times(x, layer.weight, layer.bias)
     if layer.down is not None and layer.up is not None:
         y.addmm_(x @ layer.down.T, layer.up.T, alpha=layer.scaling)
     return y
@@ -86,7 +87,7 @@ def product(x: Tensor, layer: Weights) -> Tensor:
 def pull(grad: Tensor, layer: Weights, onto: Tensor | None = None) -> Tensor:
     """Gradient of the input [T, i] for the output's [T, o]; added to `onto`, in place, where that is given."""
     layer = layer.for_tokens(len(grad))
-    dx = grad @ layer.weight if onto is None else onto.addmm_(grad, layer.weight)
+    dx = times_transposed(grad, layer.weight) if onto is None else onto.addmm_(grad, layer.weight)
     if layer.down is not None and layer.up is not None:
         dx.addmm_(grad @ layer.up, layer.down, alpha=layer.scaling)
     return dx

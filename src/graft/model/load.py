@@ -24,10 +24,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from graft.errors import InputError, first_line, said
-from graft.model.device import pick_device, pick_precision
+from graft.model.device import pick_device, pick_precision, refuse_elsewhere
 from graft.model.quantize import make_trainable, quantization_config, quiet, refuse_stored
 from graft.model.shard import is_sharded, put
 from graft.model.vocabulary import grow
+from graft.tokens.trust import explained, refuse_escapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,8 @@ def load_base(
     local = Path(path).exists()
     if local and not (Path(path) / "config.json").is_file():
         raise InputError(f"{path}: no config.json there; name a model folder as transformers saves it")
+    if local:
+        refuse_escapes(Path(path))
     asked: dict[str, Any] = {}  # keys that are not needed are left out: a None would wipe out what config.json says
     if device is not None and device.type == "cuda":
         asked["device_map"] = {"": device}
@@ -105,12 +108,14 @@ def load_base(
             local_files_only=local,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            weights_only=True,  # of `.bin` files, which are pickles: tensors are read, nothing is run
             **asked,
         )
     except Exception as error:  # a broken or foreign config fails anywhere in a modelling file
         if "ignore_mismatched_sizes" in str(error):
             raise InputError(f"model {path}: its weights have other shapes than its config.json says") from None
-        raise InputError(f"model {path}: cannot be loaded: {said(error)}") from None
+        why = explained(error, path) or f"cannot be loaded: {said(error)}"
+        raise InputError(f"model {path}: {why}") from None
     model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -121,9 +126,14 @@ def load_base(
 
 
 def to_device(model: nn.Module, device: torch.device) -> None:
-    """Move what is not there yet; quantised weights are where they were loaded."""
+    """Move what is not there yet; quantised weights are where they were loaded.
+
+    Raises:
+        ConfigError: some of it stays elsewhere.
+    """
     if any(parameter.device != device for parameter in model.parameters()):
         nn.Module.to(model, device)
+    refuse_elsewhere(model, device)
 
 
 def load_merged(base: str, adapter: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -147,15 +157,33 @@ def vocabulary_size(path: str, trust_remote_code: bool = False) -> int | None:
     Raises:
         InputError: the config is missing or of no known architecture.
     """
+    size = _config(path, trust_remote_code).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def layer_count(path: str, trust_remote_code: bool = False) -> int | None:
+    """Decoder layers by the config alone; None where it does not say.
+
+    Raises:
+        InputError: the config is missing or of no known architecture.
+    """
+    config = _config(path, trust_remote_code)
+    counts = (config.get(name) for name in ("num_hidden_layers", "n_layer", "num_layers"))
+    return next((count for count in counts if isinstance(count, int)), None)
+
+
+def _config(path: str, trust_remote_code: bool) -> dict[str, Any]:
+    """The text model's config."""
     local = Path(path).exists()
     if local and not (Path(path) / "config.json").is_file():
         raise InputError(f"{path}: no config.json there; name a model folder as transformers saves it")
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=local, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"model {path}: its config cannot be read: {first_line(error)}") from None
-    size = config.get_text_config().to_dict().get("vocab_size")
-    return size if isinstance(size, int) else None
+        why = explained(error, path) or f"its config cannot be read: {first_line(error)}"
+        raise InputError(f"model {path}: {why}") from None
+    found: dict[str, Any] = config.get_text_config().to_dict()
+    return found
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftModel:
@@ -164,6 +192,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
     Raises:
         InputError: the adapter does not fit this model.
     """
+    refuse_escapes(folder)
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = not trainable

@@ -19,6 +19,8 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from graft.model.quantize import is_bitsandbytes_4bit
+
 
 def fuse_quantized_lora(model: nn.Module) -> int:
     """Let every plain LoRA layer over a bitsandbytes layer compute itself as one operation; returns how many do.
@@ -64,6 +66,15 @@ class _Fused(nn.Module):
         return fused
 
 
+def _unpacked(layer: Any) -> Tensor:
+    """[o, i] a quantised layer's weights out of their format."""
+    if is_bitsandbytes_4bit(layer):  # PEFT asks for the parameter's class, which one without numbers has lost
+        functional: Any = importlib.import_module("bitsandbytes.functional")
+        unpacked: Tensor = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        return unpacked
+    return dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
+
+
 class _QuantizedLoraProduct(torch.autograd.Function):
     """y = Q(x) + scaling (dropped A^T) B^T, Q the quantised layer and W its weights [o, i] out of their format.
 
@@ -102,7 +113,7 @@ class _QuantizedLoraProduct(torch.autograd.Function):
         dx = d_dropped = d_down = d_up = None
         if for_x:
             layer: Any = ctx.layer
-            weight = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
+            weight = _unpacked(layer)
             dx = g @ weight.to(dtype)
             if not ctx.has_dropped:
                 dx.addmm_(raised, down.to(dtype), alpha=scaling)

@@ -40,10 +40,10 @@ def measure_rates(device: torch.device, dtype: torch.dtype, width: int, heads: i
     out = torch.empty_like(large)
     share = seconds / 4
     with torch.inference_mode():
-        product = _best(lambda: a @ b, device, share)
-        attention = _best(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True), device, share)
-        copy = _best(lambda: torch.mul(large, 2.0, out=out), device, share)
-        begin = _best(lambda: small.add(1.0), device, share)
+        product = best_time(lambda: a @ b, device, share)
+        attention = best_time(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True), device, share)
+        copy = best_time(lambda: torch.mul(large, 2.0, out=out), device, share)
+        begin = best_time(lambda: small.add(1.0), device, share)
     return Rates(
         products=2.0 * a.numel() * b.shape[1] / product,
         attention=2.0 * heads * 256 * 256 * head / attention,  # two products, of which the mask leaves half
@@ -52,14 +52,17 @@ def measure_rates(device: torch.device, dtype: torch.dtype, width: int, heads: i
     )
 
 
-def _best(work: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Shortest time of one call, of as many as fit into `seconds`."""
+def best_time(work: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Shortest time in seconds of one call, of as many as fit into `seconds`; waits for the device."""
+    accelerated = device.type != "cpu"
     work()  # the first call also chooses kernels
+    if accelerated:
+        torch.accelerator.synchronize(device)
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end or best == float("inf"):
         started = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if accelerated:
+            torch.accelerator.synchronize(device)
         best = min(best, time.perf_counter() - started)
     return best

@@ -97,6 +97,8 @@ def _make(config_class: type[PeftConfig], options: Mapping[str, Any], place: str
         if name not in known:
             hint = did_you_mean(name, known) or f"; it has {', '.join(sorted(known))}"
             raise ConfigError(f"{place}: no option `{name}`{hint}")
+    for name, value in options.items():
+        _refuse_wrong_type(config_class, name, value, place)
     given = {name: _nested(config_class, name, value, place) for name, value in options.items()}
     if "target_modules" in known and config_class.__name__ not in OWN_TARGETS:
         given.setdefault("target_modules", "all-linear")
@@ -112,13 +114,36 @@ OWN_TARGETS = ("LNTuningConfig", "TrainableTokensConfig", "IA3Config")
 """Kinds that know by themselves which modules they tune."""
 
 
+def _refuse_wrong_type(config_class: type[PeftConfig], name: str, value: Any, place: str) -> None:
+    """PEFT itself takes any value for a number, and fails on it in the middle of a layer.
+
+    Raises:
+        ConfigError: the option is a number or a yes or no, and the value is none.
+    """
+    wanted = typing.get_type_hints(config_class)[name]
+    kinds = _choices(wanted)
+    if not kinds <= {int, float, bool, types.NoneType}:
+        return
+    # PEFT calls most scales whole numbers, and computes with any.
+    given = {int, float} if type(value) in (int, float) else {type(value)}
+    if not given & kinds:
+        words = {float: "a number", bool: "true or false", types.NoneType: "null"}
+        wants_number = {float} if kinds & {int, float} else set()
+        said = " or ".join(text for kind, text in words.items() if kind in kinds | wants_number)
+        raise ConfigError(f"{place}: {name} = {value!r}: {said} is expected")
+
+
+def _choices(wanted: Any) -> set[Any]:
+    """The types of a union, or the one type."""
+    return set(typing.get_args(wanted)) if typing.get_origin(wanted) in (typing.Union, types.UnionType) else {wanted}
+
+
 def _nested(config_class: type[PeftConfig], name: str, value: Any, place: str) -> Any:
     """A mapping becomes the dataclass that PEFT wants there (`eva_config: {rho: 1}`), where it wants one."""
     if not isinstance(value, Mapping):
         return value
     wanted = typing.get_type_hints(config_class)[name]
-    choices = typing.get_args(wanted) if typing.get_origin(wanted) in (typing.Union, types.UnionType) else (wanted,)
-    for choice in choices:
+    for choice in _choices(wanted):
         if dataclasses.is_dataclass(choice) and isinstance(choice, type):
             known = [field.name for field in dataclasses.fields(choice)]
             for key in value:

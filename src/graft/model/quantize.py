@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from graft.errors import ConfigError, InputError, first_line
@@ -65,7 +65,7 @@ def check_quantize(kind: str, device: torch.device, dtype: torch.dtype) -> None:
             f"quantize: {kind} needs {wanted.library} ({first_line(error)}); install it: pip install 'graft-llm[quant]'"
         ) from None
     try:
-        worst = _error_of_a_product(kind, device, dtype)
+        worst = error_of_a_product(kind, device, dtype)
     except (ImportError, RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"quantize: {kind} does not work on {device} ({wanted.library}: {first_line(error)}); {instead}"
@@ -106,6 +106,38 @@ def make_trainable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def with_quantized_layers(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> None:
+    """Give a model without numbers the layers that loading it in this format would."""
+    quiet(kind)
+    quantizer: Any = AutoHfQuantizer.from_config(quantization_config(kind, dtype), pre_quantized=False)
+    quantizer.preprocess_model(model=model, device_map=None)
+    quantizer.postprocess_model(model)
+    make_trainable(model)
+
+
+def pack_without_numbers(layer: Any, device: torch.device) -> list[Tensor]:
+    """Put a packed weight in the place of a 4-bit layer's, under the fake tensors of the caller's mode.
+
+    Two weights take a byte, 64 share a scale of a byte, and 256 scales one in fp32. Returns every tensor of it.
+    """
+    functional: Any = importlib.import_module("bitsandbytes.functional")
+    outputs, inputs = layer.out_features, layer.in_features
+    blocks = -(-outputs * inputs // 64)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    packed: Any = nn.Parameter(empty(-(-outputs * inputs // 2), 1, dtype=torch.uint8), requires_grad=False)
+    scales = functional.QuantState(empty(-(-blocks // 256)), code=empty(256), blocksize=256, dtype=torch.float32)
+    state = functional.QuantState(
+        empty(blocks, dtype=torch.uint8), torch.Size((outputs, inputs)), empty(16), 64, "nf4", layer.compute_dtype,
+        empty(), scales,
+    )  # fmt: skip
+    packed.quant_state = layer.quant_state = state
+    layer._parameters["weight"] = packed
+    return [packed, state.absmax, state.code, state.offset, scales.absmax, scales.code]
+
+
 def is_bitsandbytes_4bit(module: nn.Module) -> bool:
     """Whether this is bitsandbytes' 4-bit layer, without importing the library."""
     return type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes.")
@@ -117,7 +149,7 @@ def quiet(kind: str) -> None:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def _error_of_a_product(kind: str, device: torch.device, dtype: torch.dtype) -> float:
+def error_of_a_product(kind: str, device: torch.device, dtype: torch.dtype) -> float:
     """The larger relative L2 error of x W^T and its gradient in x, against the same weights in fp32."""
     quiet(kind)
     generator = torch.Generator().manual_seed(0)

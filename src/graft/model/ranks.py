@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -125,6 +125,12 @@ class Ranks:
                 f"{backend} ({first_line(error)}). Where a host has several networks, GLOO_SOCKET_IFNAME and "
                 "NCCL_SOCKET_IFNAME name the right one"
             ) from None
+
+    def own_store(self) -> Store:
+        """A connection to the store of its own, for a thread: one connection answers one caller at a time."""
+        store: Any = self.store
+        cloned: Store = store.clone()  # torch's stubs do not know it yet
+        return cloned
 
     def leave(self) -> None:
         """Close the connections, when all are done with them: the store may live in the first process."""

@@ -71,14 +71,14 @@ class RouterWatch:
         self.top_k: int = config.get("num_experts_per_tok") or 0
         if coefficient is None:
             coefficient = next((config[key] for key in COEFFICIENTS if config.get(key)), None)
-            if coefficient is None:
-                raise ConfigError(f"router_aux_loss auto: {name} has no coefficient of its own; give a number")
-        self.coefficient = coefficient
         if "output_router_logits" not in config or not self.top_k or not self._agrees():
             raise ConfigError(
                 f"router_aux_loss: {name} has no load-balancing loss in transformers (it has no experts, or balances "
                 "them by a bias); leave the setting out"
             )
+        if coefficient is None:  # asked last: a number is of no use to a model without the loss
+            raise ConfigError(f"router_aux_loss auto: {name} has no coefficient of its own; give a number")
+        self.coefficient = coefficient
 
     @contextmanager
     def reading(self, tree: TreeRow) -> Iterator[list[Routed]]:

@@ -11,15 +11,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-if TYPE_CHECKING:
-    from graft.model.attention import TreeRow
-    from graft.model.kept import NextRow, PromptRow
+
+class Carried(Protocol):
+    """A row of any kind; only attention code looks further into it."""
+
+    @property
+    def ids(self) -> Tensor:
+        """[1, N] token ids, on the row's device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +43,11 @@ class RowMask(Tensor):
     mask is found out; only to be moved, or cut to the number of keys, changes nothing.
     """
 
-    row: TreeRow | PromptRow | NextRow
+    row: Carried
     form: Form
 
     @classmethod
-    def of(cls, row: TreeRow | PromptRow | NextRow, form: Form | None = None) -> RowMask:
+    def of(cls, row: Carried, form: Form | None = None) -> RowMask:
         """A mask on the row's device."""
         with _disable_current_modes():  # where a row is only counted, a tensor without numbers can be no subclass
             mask = torch.zeros(1, 1, 1, 1, device=row.ids.device).as_subclass(cls)
@@ -62,12 +66,12 @@ class RowMask(Tensor):
         return result.as_subclass(Tensor)
 
 
-_carried: ContextVar[TreeRow | None] = ContextVar("carried", default=None)
+_carried: ContextVar[Carried | None] = ContextVar("carried", default=None)
 _sizes: ContextVar[set[int] | None] = ContextVar("sizes", default=None)
 
 
 @contextmanager
-def carried_by_masks(row: TreeRow) -> Iterator[None]:
+def carried_by_masks(row: Carried) -> Iterator[None]:
     """Let the masks that a model asks for in here carry the row."""
     token = _carried.set(row)
     try:

@@ -12,6 +12,7 @@ from types import MethodType
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -90,10 +91,21 @@ def _divisible(parameter: nn.Parameter) -> bool:
     return type(parameter) is nn.Parameter and parameter.is_floating_point()
 
 
+def everywhere(tensor: Tensor) -> Tensor:
+    """A tensor with all its parts, where it is, in every process. All must ask, in the same order."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    found: Tensor = tensor.full_tensor().detach()
+    return found
+
+
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all its parts, on the host. Every process must ask, in the same order."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+    """A tensor with all its parts, on the host: to be written by the first process, the others get nothing of it.
+
+    All must ask, in the same order.
+    """
+    found = everywhere(tensor)
+    return found.new_empty(0) if isinstance(tensor, DTensor) and dist.get_rank() else found.cpu()
 
 
 def like(parameter: Tensor, value: Tensor) -> Tensor:
@@ -113,17 +125,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_state(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
-    """What is saved of a spread model, whole, by name: of an adapted one all but the frozen base's weights."""
-    frozen: set[str] = set()
-    if isinstance(model, PeftModel):
-        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+def gathered(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a spread model by name, as `whole` gives them."""
     tied = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     made: dict[int, Tensor] = {}  # one tensor under both names, so that what saves it sees that they are one
     state: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        if name in frozen:
-            continue
+    for name, value in tensors.items():
         of = tied.get(name, id(value))
         if of not in made:
             made[of] = whole(value)
@@ -134,6 +141,11 @@ def whole_state(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
 def is_sharded(model: nn.Module) -> bool:
     """Whether the model's weights are spread over processes."""
     return isinstance(model, FSDPModule)
+
+
+def unspread_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The model's own class: a spread one has another, made for it, which cannot be copied."""
+    return type(model).__bases__[1] if is_sharded(model) else type(model)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from graft.config.base import did_you_mean
 from graft.errors import ConfigError
+from graft.tokens.watchdog import refuse_constants
 
 FOLDER = Path(__file__).parent / "templates"
 
@@ -173,9 +174,10 @@ def check_syntax(name: str, template: str) -> None:
 
     Raises:
         ConfigError: names the template and the line.
+        InputError: compiling it would compute without end.
     """
     try:
-        _environment().parse(template)
+        refuse_constants(name, _environment().parse(template))
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(f"chat template {name}: line {error.lineno}: {error.message}; mend the template") from None
 

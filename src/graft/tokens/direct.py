@@ -6,7 +6,8 @@ The wrapper copies every message, the tools and the special tokens into plain da
 times as long as rendering short talk. Messages as `renderer` makes them are plain already, so the compiled template
 can be called as the wrapper calls it. That this is all that the wrapper does is not believed but compared: the first
 rendering of each kind (which keys the messages have, tools or none, switches) is done both ways, and a kind for which
-the two differ is left to the wrapper, as is everything that is not plain.
+the two differ is left to the wrapper, as is everything that is not plain. In the same way the beginnings of a
+conversation, which one rendering tells of (`beginnings`), are compared with their own renderings.
 """
 
 from __future__ import annotations
@@ -17,12 +18,38 @@ from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
 
+from graft.tokens.beginnings import Beginnings, MarkedTemplate, compiled
+from graft.tokens.quick_jinja import quickened
+from graft.tokens.watchdog import bound_operations
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Rows = list[dict[str, Any]]
-
 PLAIN = frozenset((str, int, float, bool, type(None)))
+
+MOST_KINDS = 4096
+"""Kinds of conversations that are remembered: a stranger's data cannot fill the memory with kinds of its own."""
+
+
+class Rows:
+    """Messages as a template wants them, and what is found out about them once."""
+
+    __slots__ = ("aliased", "are_plain", "messages")
+
+    def __init__(self, messages: list[dict[str, Any]]) -> None:
+        self.messages = messages
+        self.aliased = [_with_aliases(message) for message in messages]
+        """As the wrapper hands them on."""
+        self.are_plain = _is_plain(messages)
+
+    def first(self, count: int) -> Rows:
+        """The first of them."""
+        if count == len(self.messages):
+            return self
+        part = Rows.__new__(Rows)
+        part.messages, part.aliased = self.messages[:count], self.aliased[:count]
+        part.are_plain = self.are_plain or _is_plain(part.messages)
+        return part
 
 
 class DirectTemplate:
@@ -31,35 +58,64 @@ class DirectTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         self._tokenizer = tokenizer
         self._template = template
-        self._compiled = _compiled(template)
+        self._compiled, self._marked = _compiled(template)
         self._special = dict(tokenizer.special_tokens_map)
         self._kinds: dict[Hashable, bool] = {}
-        self._tools: tuple[object, Rows | None] = ((), None)
+        self._told: dict[Hashable, bool] = {}
+        """Kind of conversation -> whether its beginnings were found to be what the template writes of them."""
+        self._tools: tuple[object, list[dict[str, Any]] | None] = ((), None)
 
     def render(
-        self,
-        messages: Rows,
-        tools: Sequence[Mapping[str, Any]],
-        generation_prompt: bool,
-        switches: Mapping[str, bool],
+        self, rows: Rows, tools: Sequence[Mapping[str, Any]], generation_prompt: bool, switches: Mapping[str, bool]
     ) -> str:
         """The text of `apply_chat_template`; raises what the template raises."""
         schemas = self._schemas(tools)
-        if self._compiled is None or not _is_plain(messages) or (schemas is None and tools):
-            return self._wrapped(messages, [dict(tool) for tool in tools] or None, generation_prompt, switches)
-        kind = (frozenset[str]().union(*messages), bool(tools), generation_prompt, tuple(switches.items()))
+        if self._compiled is None or not rows.are_plain or (schemas is None and tools):
+            return self._wrapped(rows, [dict(tool) for tool in tools] or None, generation_prompt, switches)
+        kind = (frozenset[str]().union(*rows.messages), bool(tools), generation_prompt, *switches.items())
         if kind not in self._kinds:
-            wanted = self._wrapped(messages, schemas, generation_prompt, switches)
-            self._kinds[kind] = self._called(messages, schemas, generation_prompt, switches) == wanted
+            wanted = self._wrapped(rows, schemas, generation_prompt, switches)
+            self._kinds[kind] = self._called(rows, schemas, generation_prompt, switches) == wanted
             return wanted
         render = self._called if self._kinds[kind] else self._wrapped
-        return render(messages, schemas, generation_prompt, switches)
+        return render(rows, schemas, generation_prompt, switches)
+
+    def beginnings(
+        self, rows: Rows, tools: Sequence[Mapping[str, Any]], generation_prompt: bool, switches: Mapping[str, bool]
+    ) -> Beginnings | None:
+        """What the template writes of the rows' beginnings, as far as one rendering of all tells; None: nothing."""
+        schemas = self._schemas(tools)
+        if self._marked is None or not rows.are_plain or (schemas is None and tools):
+            return None
+        roles = frozenset([message["role"] for message in rows.messages])
+        kind = (frozenset[str]().union(*rows.messages), roles, bool(tools), generation_prompt, *switches.items())
+        known = self._told.get(kind)
+        if known is False or (known is None and len(self._told) >= MOST_KINDS):
+            return None
+        values = {**switches, "tools": schemas, "documents": None, "add_generation_prompt": generation_prompt}
+        found = self._marked.render(self._special, values, rows.aliased)
+        if known is None:
+            self._told[kind] = self._are_true(found, rows, tools, switches)
+        return found if self._told[kind] else None
+
+    def _are_true(
+        self, found: Beginnings, rows: Rows, tools: Sequence[Mapping[str, Any]], switches: Mapping[str, bool]
+    ) -> bool:
+        """Whether each beginning, rendered by itself, is what was found."""
+        for count in found.cuts:
+            for asked in found.tails:
+                try:
+                    if self.render(rows.first(count), tools, asked, switches) != found.of(count, asked):
+                        return False
+                except Exception:  # the template raises
+                    return False
+        return True
 
     def _wrapped(
-        self, messages: Rows, tools: Rows | None, generation_prompt: bool, switches: Mapping[str, bool]
+        self, rows: Rows, tools: list[dict[str, Any]] | None, generation_prompt: bool, switches: Mapping[str, bool]
     ) -> str:
         text = self._tokenizer.apply_chat_template(
-            cast("list[dict[str, str]]", messages),
+            cast("list[dict[str, str]]", rows.messages),
             tools=cast("Any", tools),
             chat_template=self._template,
             add_generation_prompt=generation_prompt,
@@ -69,19 +125,20 @@ class DirectTemplate:
         assert isinstance(text, str)
         return text
 
-    def _called(self, messages: Rows, tools: Rows | None, generation_prompt: bool, switches: Mapping[str, bool]) -> str:
+    def _called(
+        self, rows: Rows, tools: list[dict[str, Any]] | None, generation_prompt: bool, switches: Mapping[str, bool]
+    ) -> str:
         """As `render_jinja_template` in transformers' chat_template_utils.py calls it."""
         assert self._compiled is not None
-        values = {**self._special, **switches}
         return self._compiled.render(
-            values,
-            messages=[_with_aliases(message) for message in messages],
+            {**self._special, **switches},
+            messages=rows.aliased,
             tools=tools,
             documents=None,
             add_generation_prompt=generation_prompt,
         )
 
-    def _schemas(self, tools: Sequence[Mapping[str, Any]]) -> Rows | None:
+    def _schemas(self, tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
         """The tools as plain dicts, None where there are none or they are not plain; remembered for the next turn."""
         if not tools:
             return None
@@ -94,19 +151,17 @@ class DirectTemplate:
         return schemas
 
 
-def _compiled(template: str) -> jinja2.Template | None:
-    """transformers' own compiled form of a template, which it keeps, made faster; what it writes stays the same.
-
-    jinja2 copies a template's globals at every rendering, twice, and out of a `ChainMap`, whose steps are Python: with
-    short talks that is a third of the time. A plain dict of the same globals is copied at once.
-    """
+def _compiled(template: str) -> tuple[jinja2.Template | None, MarkedTemplate | None]:
+    """A template compiled in the environment that transformers compiles it in, made faster; and with marks."""
     with contextlib.suppress(ImportError, AttributeError, jinja2.TemplateError):
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
-        compiled: jinja2.Template = _compile_jinja_template(template)
-        compiled.globals = dict(compiled.globals)
-        return compiled
-    return None
+        theirs: jinja2.Template = _compile_jinja_template(template)
+        bound_operations(theirs, template)
+        environment, names = quickened(theirs.environment), dict(theirs.globals)
+        ours = compiled(environment, environment.parse(template), names)
+        return ours, MarkedTemplate.of(environment, template, names)
+    return None, None
 
 
 def _with_aliases(message: dict[str, Any]) -> dict[str, Any]:

@@ -143,16 +143,20 @@ def _plan(conversation: Conversation, work: _Work) -> list[_Job] | Reject:
         return _reject(conversation, *problem)
     jobs: list[_Job] = []
     refusals: list[tuple[str, str]] = []
-    for index, weight in _targets(messages, work.settings):
+    targets = _targets(messages, work.settings)
+    if not targets:
+        return _reject(conversation, "messages", "every assistant turn has weight 0")
+    talk = response.talk_of(work.renderer, messages, [index for index, _ in targets], conversation.tools)
+    for index, weight in targets:
         try:
-            turn = response.find_turn(work.renderer, messages, index, conversation.tools)
+            turn = response.turn_of(talk, index)
         except TemplateRefused as error:
             refusals.append((f"messages[{index}]", str(error)))
             continue
         jobs.append(_Job(index, weight, turn, messages[: index + 1]))
     if not jobs:
-        field, reason = refusals[0] if refusals else ("messages", "every assistant turn has weight 0")
-        return _reject(conversation, field, f"chat template: {reason}" if refusals else reason)
+        field, reason = refusals[0]
+        return _reject(conversation, field, f"chat template: {reason}")
     if refusals:
         work.notes[REFUSED] += len(refusals)
     return jobs
@@ -247,7 +251,7 @@ def _make(
     if turn.way == "composed":
         said[COMPOSED] += 1
     if renderer.switches:
-        said[THINKING if response.split_reasoning(messages[-1])[0].strip() else NOT_THINKING] += 1
+        said[THINKING if response.is_reasoned(messages[-1]) else NOT_THINKING] += 1
     prompt_len = len(prompt.ids)
     ids = np.concatenate((prompt.ids, answer), dtype=np.int32)
     weights = np.zeros(len(ids), dtype=np.float32)

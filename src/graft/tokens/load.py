@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from graft.errors import ConfigError, InputError, first_line
 from graft.tokens import chat_template, probe
 from graft.tokens.renderer import Renderer
+from graft.tokens.trust import explained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,7 +142,8 @@ def _load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedToken
             str(folder) if local else model_path, local_files_only=local, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # anything from a torn file to an unknown class
-        raise InputError(f"{model_path}: its tokenizer cannot be loaded ({first_line(error)})") from None
+        why = explained(error, model_path) or f"its tokenizer cannot be loaded ({first_line(error)})"
+        raise InputError(f"{model_path}: {why}") from None
     return tokenizer
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from graft.tokens.chat_template import BLOCKS
 from graft.tokens.renderer import Renderer, TemplateRefused
+from graft.tokens.talk import Talk
 from graft.types import Message
 
 ANSWER = "Qz7GraftAnswer7zQ"
@@ -42,20 +43,31 @@ _TOOL = {
 class Scene:
     """An assistant turn and everything before it."""
 
-    renderer: Renderer
-    history: Sequence[Message]
-    target: Message
-    tools: Sequence[Mapping[str, Any]]
+    talk: Talk
+    index: int
+    """Which of the conversation's messages the turn is."""
     thinking: bool
     """How the template's switches are set: whether the turn has reasoning."""
 
+    @property
+    def renderer(self) -> Renderer:
+        return self.talk.renderer
+
+    @property
+    def target(self) -> Message:
+        return self.talk.messages[self.index]
+
     def prompt(self) -> str:
         """What generation is given."""
-        return self.renderer.render(self.history, self.tools, self.thinking)
+        return self.talk.prompt(self.index, self.thinking)
 
-    def full(self, target: Message) -> str:
+    def full(self) -> str:
+        """The conversation with the turn as its last one."""
+        return self.talk.full(self.index, self.thinking)
+
+    def full_with(self, target: Message) -> str:
         """The conversation with `target` as its last turn."""
-        return self.renderer.render([*self.history, target], self.tools, self.thinking, generation_prompt=False)
+        return self.talk.ending_in(target, self.index, self.thinking)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +90,21 @@ def shape_of(scene: Scene, prompt: str) -> Shape:
     target = scene.target
     if target.tool_calls:
         return render_shape(scene, target, prompt)
-    roles = tuple(message.role for message in scene.history)
-    key = (roles, bool(scene.tools), scene.thinking, target.reasoning is not None)
-    if key not in scene.renderer.memory:
+    roles = tuple([message.role for message in scene.talk.messages[: scene.index]])
+    key = (roles, bool(scene.talk.tools), scene.thinking, target.reasoning is not None)
+    memory = scene.renderer.memory
+    if key not in memory:
         shape = render_shape(scene, target, prompt)
-        if len(scene.renderer.memory) > MOST_REMEMBERED:
+        if len(memory) > MOST_REMEMBERED:
             return shape
-        scene.renderer.memory[key] = shape
-    known: Shape = scene.renderer.memory[key]
+        memory[key] = shape
+    known: Shape = memory[key]
     return known
 
 
 def render_shape(scene: Scene, target: Message, prompt: str) -> Shape:
     """The shape of `target` in the place of the scene's turn."""
-    text = scene.full(_marked(target))
+    text = scene.full_with(_marked(target))
     answer, argument = text.rfind(ANSWER), text.rfind(ARGUMENT)
     ends = [at + len(word) for at, word in ((answer, ANSWER), (argument, ARGUMENT)) if at >= 0]
     return Shape(
@@ -178,7 +191,8 @@ def stops_of_template(renderer: Renderer, known: Sequence[int]) -> list[int]:
     for target in (Message("assistant", ANSWER), Message("assistant", "", tool_calls=(_CALL,))):
         for tools in ((), (_TOOL,)):
             try:
-                shape = render_shape(Scene(renderer, [Message("user", "Hi")], target, tools, False), target, "")
+                talk = Talk(renderer, [Message("user", "Hi"), target], tools, {False: 1})
+                shape = render_shape(Scene(talk, 1, False), target, "")
             except TemplateRefused:
                 continue
             if target.tool_calls and not shape.keeps_call:

@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from graft.errors import GraftError, first_line
 from graft.tokens import chat_template
-from graft.tokens.direct import DirectTemplate
+from graft.tokens.beginnings import Beginnings
+from graft.tokens.direct import DirectTemplate, Rows
 from graft.tokens.proof import Bytes, bytes_of
 from graft.tokens.tokenise import Spelled, Tokeniser
+from graft.tokens.watchdog import TemplateStopped, watched
 from graft.types import Message
 
 if TYPE_CHECKING:
@@ -80,13 +82,34 @@ class Renderer:
 
         Raises:
             TemplateRefused: the template raises on these messages.
+            TemplateStopped: it takes too long, or too much memory.
         """
-        rows = [message_dict(message, self.content_parts, self.string_arguments) for message in messages]
+        return self.render_rows(self.rows(messages), tools, thinking, generation_prompt)
+
+    def rows(self, messages: Sequence[Message]) -> Rows:
+        """Messages as the template wants them."""
+        return Rows([message_dict(message, self.content_parts, self.string_arguments) for message in messages])
+
+    def render_rows(
+        self, rows: Rows, tools: Sequence[Mapping[str, Any]], thinking: bool | None, generation_prompt: bool
+    ) -> str:
+        """`render` of messages that `rows` has made ready."""
         template = self._direct_tools if tools else self._direct
         try:
-            return template.render(rows, tools, generation_prompt, self.switch_values(thinking))
+            with watched(self.template_name):
+                return template.render(rows, tools, generation_prompt, self.switch_values(thinking))
+        except TemplateStopped:  # not this row's fault alone: the run ends
+            raise
         except Exception as error:  # a template is a program of a stranger: it may raise anything
             raise TemplateRefused(_said(error)) from None
+
+    def beginnings(
+        self, rows: Rows, tools: Sequence[Mapping[str, Any]], thinking: bool | None, generation_prompt: bool
+    ) -> Beginnings | None:
+        """What one rendering of the rows tells of the renderings of their beginnings; None where it tells nothing."""
+        template = self._direct_tools if tools else self._direct
+        with watched(self.template_name):
+            return template.beginnings(rows, tools, generation_prompt, self.switch_values(thinking))
 
     @functools.cached_property
     def _direct(self) -> DirectTemplate:

@@ -23,6 +23,7 @@ from graft.tokens import chat_template, probe
 from graft.tokens.chat_template import BLOCKS
 from graft.tokens.probe import Scene, Shape
 from graft.tokens.renderer import Renderer, TemplateRefused
+from graft.tokens.talk import Talk
 from graft.types import Message
 
 REASONING_DROPPED = "turns whose reasoning is not trained on: the template has no place for it"
@@ -53,12 +54,31 @@ def find_turn(
     Raises:
         TemplateRefused: the template cannot serve this turn; the message says why.
     """
+    return turn_of(talk_of(renderer, messages, [index], tools), index)
+
+
+def talk_of(
+    renderer: Renderer, messages: Sequence[Message], turns: Sequence[int], tools: Sequence[Mapping[str, Any]] = ()
+) -> Talk:
+    """A conversation of which these assistant turns will be asked for, in any order; at least one."""
+    last: dict[bool, int] = {}
+    for index in sorted(turns):
+        last[bool(renderer.switches) and is_reasoned(messages[index])] = index
+    return Talk(renderer, messages, tools, last)
+
+
+def turn_of(talk: Talk, index: int) -> Turn:
+    """Prompt and response of one of the turns that the talk was made for.
+
+    Raises:
+        TemplateRefused: the template cannot serve this turn; the message says why.
+    """
     if index == 0:
         raise TemplateRefused("an assistant turn with nothing before it has no prompt")
-    target = messages[index]
-    thinking = bool(split_reasoning(target)[0].strip())
-    scene = Scene(renderer, messages[:index], target, tools, thinking)
-    prompt, full = scene.prompt(), scene.full(target)
+    renderer, target = talk.renderer, talk.messages[index]
+    thinking = is_reasoned(target)
+    scene = Scene(talk, index, thinking)
+    prompt, full = scene.prompt(), scene.full()
     shape = probe.shape_of(scene, prompt)
     if not full.endswith(shape.suffix):
         shape = probe.render_shape(scene, target, prompt)
@@ -72,6 +92,11 @@ def find_turn(
         notes.append(REASONING_DROPPED)
     body = full[len(prompt) : len(full) - len(shape.suffix)]
     return _ended(scene, body, shape.suffix, prompt=prompt, way="template", notes=notes)
+
+
+def is_reasoned(message: Message) -> bool:
+    """Whether a turn has reasoning, for which the template's switches are turned on."""
+    return bool(split_reasoning(message)[0].strip())
 
 
 def split_reasoning(message: Message) -> tuple[str, str]:
@@ -98,7 +123,7 @@ def _composed(scene: Scene, prompt: str, notes: list[str]) -> Turn:
     reasoning, content = split_reasoning(scene.target)
     reasoning = reasoning.strip("\n")
     bare = replace(scene.target, reasoning=None, content=content)
-    full = scene.full(bare)
+    full = scene.full_with(bare)
     shape = probe.render_shape(scene, bare, prompt)
     if not full.endswith(shape.suffix):
         raise _mismatch(prompt, full)

@@ -22,6 +22,7 @@ and proves on the way that decoding the ids gives the text.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -62,6 +63,7 @@ class Tokeniser:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._tokens, self._cuts = _control_tokens(tokenizer)
+        self._longest = max(map(len, tokenizer.get_added_vocab()), default=0)
         self._by_words = ByWords.of(tokenizer, self._cuts) if self._tokens is not None else None
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -72,10 +74,13 @@ class Tokeniser:
         """The same as arrays, and whether they are proven to say the texts."""
         if self._tokens is None or len(texts) < FEW:
             return self._unproven(texts)
-        parts = [self._pieces(text) for text in texts]
+        parts = self._cut(texts)
         known, unproven = self._known(dict.fromkeys(itertools.chain.from_iterable(parts)))
         found = [
-            Spelled(np.frombuffer(b"".join(map(known.__getitem__, part)), np.int32), unproven.isdisjoint(part))
+            Spelled(
+                np.frombuffer(b"".join(map(known.__getitem__, part)), np.int32),
+                not unproven or unproven.isdisjoint(part),
+            )
             for part in parts
         ]
         first = self._whole(texts[:1])[0]
@@ -102,14 +107,28 @@ class Tokeniser:
     def _unproven(self, texts: Sequence[str]) -> list[Spelled]:
         return [Spelled(np.array(ids, np.int32), False) for ids in self._whole(texts)]
 
-    def _pieces(self, text: str) -> list[str]:
-        """The text, cut in front of each control token that may be cut at."""
+    def _cut(self, texts: Sequence[str]) -> list[list[str]]:
+        """Each text, cut in front of each control token that may be cut at.
+
+        A text that goes on from the one before, as a turn does from its prompt, is cut as that one was, up to where a
+        token that is found in it could reach beyond its end.
+        """
         assert self._tokens is not None
-        edges = [match.start() for match in self._tokens.finditer(text) if match[0] in self._cuts]
-        if not edges or edges[0] > 0:
-            edges.insert(0, 0)
-        edges.append(len(text))
-        return [text[start:end] for start, end in itertools.pairwise(edges)]
+        found: list[list[str]] = []
+        last, edges, pieces = "", [0], [""]
+        for text in texts:
+            kept = 0
+            if len(last) > self._longest and text.startswith(last):
+                kept = bisect.bisect_right(edges, len(last) - self._longest) - 1
+            start = edges[kept]
+            after = [match.start() for match in self._tokens.finditer(text, start) if match[0] in self._cuts]
+            after = after if after and after[0] == start else [start, *after]
+            edges = [*edges[:kept], *after]
+            after.append(len(text))
+            pieces = [*pieces[:kept], *(text[here:there] for here, there in itertools.pairwise(after))]
+            found.append(pieces)
+            last = text
+        return found
 
     def _whole(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
         options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}

@@ -1,9 +1,9 @@
-"""Checkpoints that are complete or absent: written aside, flushed, given a manifest of sizes and hashes, renamed.
+"""Checkpoints that are complete or absent, as they are found, judged, read and thrown away; train/save.py writes them.
 
     checkpoints/step-N/
         (adapter or model folder: loadable by every command and by transformers and PEFT)
         optimizer.safetensors   moments by parameter name; the average of the weights, and the live ones where others
-                                are saved
+                                are saved. Older checkpoints may have lost it (keep_optimizer)
         state.json              position, best validation so far, what the run is made of
         manifest.json           size and hash of every other file; written last
 
@@ -12,29 +12,25 @@ No pickle: tensors are safetensors, the rest is JSON.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from graft.console import warn
+from graft.console import note, warn
 from graft.errors import InputError
-from graft.model.save import save_model
-from graft.runs import RunFolder, fsync_folder, write_atomic
-from graft.tokens.renderer import Renderer
+from graft.runs import RunFolder, read_manifest, write_manifest
 
-MANIFEST = "manifest.json"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,82 +54,21 @@ class State:
     """The optimizer's numbers, by parameter or group."""
     scaler: Mapping[str, Any] = field(default_factory=dict)
     """State of the fp16 loss scaler."""
+    sentinels: Mapping[str, Any] = field(default_factory=dict)
+    """What the sentinels remember of the steps before."""
     made_of: Mapping[str, str] = field(default_factory=dict)
     """Hash or value of everything that a resumed run must share: data, template, settings."""
 
 
-def save_checkpoint(
-    run: RunFolder,
-    model: PreTrainedModel | PeftModel,
-    renderer: Renderer,
-    optimizer: Mapping[str, Tensor],
-    state: State,
-    start: Mapping[str, Tensor] | None = None,
-    weights: dict[str, Tensor] | None = None,
-) -> Path:
-    """Write checkpoints/step-N; at any moment the folder is complete or not there.
+def newest_checkpoint(run: RunFolder, to_resume: bool = False) -> Path | None:
+    """The complete checkpoint with the largest step; incomplete or damaged ones are passed over, and named.
 
-    Raises:
-        InputError: the disk is full or cannot be written; older checkpoints are untouched.
+    `to_resume` also passes over those that have lost their optimizer's state.
     """
-    final = run.checkpoints / f"step-{state.step}"
-    aside = run.checkpoints / f".step-{state.step}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        save_model(model, renderer, aside, start=start, state=weights)
-        save_file(dict(optimizer), aside / "optimizer.safetensors")
-        (aside / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
-        put_in_place(aside, final)
-    except OSError as error:
-        raise _cannot_save(run, final, error) from None
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise _cannot_save(run, final, error) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return final
-
-
-def put_in_place(aside: Path, final: Path) -> None:
-    """Flush every file of a folder, add its manifest, and rename it to where readers look for it."""
-    files = {}
-    for path in sorted(p for p in aside.rglob("*") if p.is_file()):
-        files[path.relative_to(aside).as_posix()] = {"bytes": path.stat().st_size, "sha256": _flush_and_hash(path)}
-    write_atomic(aside / MANIFEST, json.dumps({"files": files}, indent=1))
-    if final.exists():
-        old = final.with_name(f".{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        aside.rename(final)
-        shutil.rmtree(old)
-    else:
-        aside.rename(final)
-    fsync_folder(final.parent)
-
-
-def _flush_and_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-        os.fsync(file.fileno())
-    return digest.hexdigest()
-
-
-def _cannot_save(run: RunFolder, wanted: Path, error: Exception) -> InputError:
-    newest = newest_checkpoint(run)
-    free = shutil.disk_usage(run.root).free / 2**20
-    kept = f"{newest} is complete: free some space and continue with graft train --resume {run.root}"
-    if newest is None:
-        kept = "There is no earlier checkpoint: free some space and start again"
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return InputError(f"{wanted}: cannot be saved ({reason}; {free:.0f} MiB free). {kept}")
-
-
-def newest_checkpoint(run: RunFolder) -> Path | None:
-    """The complete checkpoint with the largest step; incomplete or damaged ones are passed over, and named."""
-    for path in sorted(_checkpoints(run), key=step_of, reverse=True):
+    for path in checkpoints(run):
         damage = find_damage(path)
+        if damage is None and to_resume and not has_optimizer(path):
+            damage = "has its weights only (keep_optimizer)"
         if damage is None:
             return path
         warn(f"{path}: {damage}; looking for an older checkpoint")
@@ -142,12 +77,10 @@ def newest_checkpoint(run: RunFolder) -> Path | None:
 
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint by its manifest, in words; None if every byte is as it was written."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {name: (int(wanted["bytes"]), str(wanted["sha256"])) for name, wanted in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    expected = read_manifest(folder)
+    if expected is None:
         return "its manifest cannot be read"
-    if "state.json" not in expected or "optimizer.safetensors" not in expected:
+    if STATE not in expected:
         return "its manifest does not name its files"
     for name, (size, digest) in expected.items():
         path = folder / name
@@ -160,13 +93,20 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
+def has_optimizer(checkpoint: Path) -> bool:
+    """Whether a run can go on from it exactly."""
+    return OPTIMIZER in (read_manifest(checkpoint) or {})
+
+
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _checkpoints(run: RunFolder) -> list[Path]:
-    return [path for path in run.checkpoints.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+def checkpoints(run: RunFolder) -> list[Path]:
+    """The run's checkpoints, newest first; complete or not."""
+    found = [path for path in run.checkpoints.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -176,8 +116,12 @@ def step_of(checkpoint: Path) -> int:
 
 def load_state(checkpoint: Path) -> tuple[State, dict[str, Tensor]]:
     """Position and optimizer tensors of a complete checkpoint."""
-    state = State(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
-    return state, load_file(checkpoint / "optimizer.safetensors")
+    return read_state(checkpoint), load_file(checkpoint / OPTIMIZER)
+
+
+def read_state(checkpoint: Path) -> State:
+    """Position of a complete checkpoint."""
+    return State(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
 
 
 def refuse_if_changed(checkpoint: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
@@ -188,7 +132,7 @@ def refuse_if_changed(checkpoint: Path, saved: Mapping[str, str], now: Mapping[s
     """
     changed = [key for key in now if str(saved.get(key)) != now[key]]  # None: not a setting yet
     if changed:
-        differences = "; ".join(f"{key} was {saved.get(key)}, is {now[key]}" for key in changed)
+        differences = "; ".join(text for key in changed for text in _differences(key, saved.get(key), now[key]))
         raise InputError(
             f"{checkpoint}: cannot be resumed, since the run has changed: {differences}. "
             "Undo the change, or start a new run with init_from="
@@ -196,9 +140,75 @@ def refuse_if_changed(checkpoint: Path, saved: Mapping[str, str], now: Mapping[s
         )
 
 
-def prune(run: RunFolder, keep_last: int, best_step: int | None) -> None:
-    """Delete old checkpoints: the newest `keep_last` and the best one stay."""
-    newest = sorted(_checkpoints(run), key=step_of, reverse=True)
-    for path in newest[keep_last:]:
+def _differences(key: str, was: str | None, now: str) -> list[str]:
+    """What changed, in words; of a group of settings only those that did (`lora.r`)."""
+    try:
+        old, new = ast.literal_eval(str(was)), ast.literal_eval(now)
+    except (ValueError, SyntaxError):  # a name, a path, a hash
+        old = new = None
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return [f"{key} was {was}, is {now}"]
+    both = dict.fromkeys([*old, *new])
+    return [f"{key}.{k} was {old.get(k)}, is {new.get(k)}" for k in both if old.get(k) != new.get(k)]
+
+
+def refuse_without_optimizer(checkpoint: Path) -> None:
+    """A checkpoint that is named to go on from must be whole, and have the optimizer's state.
+
+    Raises:
+        InputError: it is damaged, or holds weights only.
+    """
+    damage = find_damage(checkpoint)
+    if damage is not None:
+        raise InputError(f"{checkpoint}: {damage}; resume from another checkpoint of the run, or its newest with RUN")
+    if not has_optimizer(checkpoint):
+        raise InputError(
+            f"{checkpoint}: has its weights only, since keep_optimizer let its optimizer state go; resume from a newer "
+            f"checkpoint, or start a new run with init_from={checkpoint} (weights only)"
+        )
+
+
+def prune(run: RunFolder, keep_last: int, best_step: int | None, keep_optimizer: int | None, whole_best: bool) -> None:
+    """Delete old checkpoints: the newest `keep_last` and the best one stay.
+
+    All but the newest `keep_optimizer` lose their optimizer's state; not the best one where it is `whole_best`. The
+    manifest is changed before the file goes, so that the checkpoint is complete at any moment.
+    """
+    found = checkpoints(run)
+    for path in found[keep_last:]:
         if step_of(path) != best_step:
             shutil.rmtree(path)
+    for path in found[keep_optimizer or len(found) :]:
+        file = path / OPTIMIZER
+        if not file.is_file() or (whole_best and step_of(path) == best_step):
+            continue
+        files = read_manifest(path)
+        if files is not None:
+            write_manifest(path, {name: wanted for name, wanted in files.items() if name != OPTIMIZER})
+            file.unlink()
+
+
+def clear_up(run: RunFolder) -> None:
+    """Put right what a crash in the middle of a save left: what was being replaced goes back, what was half is gone."""
+    for old in (*run.checkpoints.glob(".step-*.old"), *run.root.glob(".final.old")):
+        final = old.with_name(old.name[1:].removesuffix(".old"))
+        if not final.exists() and read_manifest(old) is not None:
+            old.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    for half in (*run.checkpoints.glob(".step-*.tmp"), *run.root.glob(".*.tmp")):
+        if half.is_dir():
+            shutil.rmtree(half, ignore_errors=True)
+        else:
+            half.unlink(missing_ok=True)
+
+
+def set_aside_after(run: RunFolder, step: int) -> None:
+    """Move newer checkpoints than the one that is gone on from out of the way; nothing of them is lost."""
+    newer = [path for path in checkpoints(run) if step_of(path) > step]
+    if newer:
+        aside = run.checkpoints / f"after-step-{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        for path in newer:
+            path.rename(aside / path.name)
+        note(f"{len(newer)} newer checkpoints are set aside in {aside}")

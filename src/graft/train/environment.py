@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from graft.model.device import device_name
 from graft.version import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy", "accelerate")
@@ -20,25 +21,25 @@ def describe_environment(device: torch.device, made_of: dict[str, str]) -> dict[
         "graft": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "device": _device_name(device),
+        "packages": {name: package_version(name) for name in PACKAGES},
+        "device": device_label(device),
         "threads": torch.get_num_threads(),
         "git": _git_commit(),
         "made_of": made_of,
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Version of an installed package; None where it is not."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({platform.processor() or platform.machine()})"
+def device_label(device: torch.device) -> str:
+    """The device with what it is called by its maker."""
+    return f"{device} ({device_name(device)})"
 
 
 def _git_commit() -> str | None:

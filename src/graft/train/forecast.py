@@ -227,7 +227,7 @@ class Forecaster:
         loaded = model.frozen_bytes + (model.trained_bytes if settings.trains_own_weights else 0)
         return Forecast(
             parts=_parts(settings, model, cost, update, self.device, base),
-            loading=base + loaded,
+            loading=base + loaded + model.mapped_bytes,
             seconds_per_step=forward + backward + seconds_of(update.work, rates),
             validations=1 + -(-rows.steps // every) if val_tokens else 0,
             seconds_per_validation=forward * val_tokens / rows.size.nodes,
@@ -256,6 +256,7 @@ def _parts(
     return {
         "process": base,
         "frozen weights": model.frozen_bytes,
+        "file of packed weights": model.mapped_bytes,
         "trained weights": model.trained_bytes,
         "gradients": max(sizes) if settings.optimizer_in_backward else sum(sizes),
         "optimizer states": update.states,

@@ -11,22 +11,28 @@ from graft.config.train import Train
 from graft.console import note
 from graft.errors import ConfigError
 from graft.model.device import Precision, pick_device, pick_precision
+from graft.model.load import layer_count
 from graft.model.peft_kinds import mutates_base, peft_config
 from graft.model.quantize import check_quantize, refuse_stored
+from graft.train.computing import pick_computing
 
 
 def refuse_base(settings: Train) -> None:
-    """What can be known of quantised weights before anything is read.
+    """What can be known of the base and the device before anything is read, and before there is a run folder.
 
     Raises:
         InputError: the base is stored in a format that cannot be trained through.
-        ConfigError: `quantize` does not work on this device or with this adapter, or its library is missing.
+        ConfigError: the device or the libraries lack what is asked for, `quantize` does not work here or with this
+            adapter, or the model has fewer layers than are to be trained.
     """
     if settings.gradient_checkpointing:
         note("gradient_checkpointing: true is now called checkpointing: full")
     if Path(settings.model).exists():
         method = "full" if settings.trains_own_weights else "lora"
         refuse_stored(settings.model, method, settings.quantize, settings.trust_remote_code)
+    device = pick_device(settings.device)
+    _refuse_on_device(settings, device)
+    _refuse_missing_layers(settings)
     if settings.quantize == "none":
         return
     if mutates_base(peft_config(settings)):
@@ -34,8 +40,26 @@ def refuse_base(settings: Train) -> None:
             f"quantize: {settings.quantize} with lora.init_lora_weights: {settings.lora.init_lora_weights}, which "
             "subtracts a part of the weights from them, as quantised ones cannot be; leave one of them out"
         )
-    device = pick_device(settings.device)
     check_quantize(settings.quantize, device, pick_precision(settings.precision, device).compute)
+
+
+def _refuse_on_device(settings: Train, device: torch.device) -> None:
+    """What the loading of the model would refuse too."""
+    if pick_computing(settings, device).compiled:
+        refuse_with_compiled(settings)
+    refuse_offload(settings, device)
+    trained_in(settings, pick_precision(settings.precision, device))
+
+
+def _refuse_missing_layers(settings: Train) -> None:
+    if settings.method != "freeze":
+        return
+    layers = layer_count(settings.model, settings.trust_remote_code)
+    if layers is not None and settings.freeze.layers > layers:
+        raise ConfigError(
+            f"freeze.layers = {settings.freeze.layers}, but the model has {layers} decoder layers; lower it, or use "
+            "method=full"
+        )
 
 
 def refuse_offload(settings: Train, device: torch.device) -> None:

@@ -24,13 +24,15 @@ from graft.errors import GraftError, InputError, first_line
 from graft.model.adapters import add_adapter, freeze_but, trainable
 from graft.model.attention import DENSE, SEGMENTS
 from graft.model.device import Precision
+from graft.model.lora_quantized import fuse_quantized_lora
 from graft.model.peft_kinds import peft_config
+from graft.model.quantize import is_bitsandbytes_4bit, pack_without_numbers, with_quantized_layers
 from graft.model.remember import remember
 from graft.model.trees import TreeLM
 from graft.model.vocabulary import grow
-from graft.train.load import with_new_tokens
+from graft.train.load import stored_dtype, with_new_tokens
 
-QUANTISED = "the bytes of quantised weights are known only when they are loaded"
+QUANTISED = "of quantised weights only those that quantize=nf4 makes are known before they are loaded"
 
 
 class NotCountable(GraftError):
@@ -48,6 +50,9 @@ class Hollow:
     frozen_bytes: int
     """Of all weights that are not trained."""
     trained_bytes: int
+    mapped_bytes: int
+    """Of weights that were packed, as they are stored: on the CPU the file stays mapped, as others of its weights are
+    used where they lie, and its pages stay until the kernel wants them for something else."""
     trained: dict[str, nn.Parameter]
     """Every trainable parameter, of all layers, as fake tensors."""
     kinds: Tally[int]
@@ -98,7 +103,7 @@ def refuse_uncountable(settings: Train) -> None:
         NotCountable: the settings ask for it.
     """
     why = None
-    if settings.quantize != "none":
+    if settings.quantize not in ("none", "nf4"):
         why = QUANTISED
     elif settings.compile is True:
         why = "with compile=true the compiler chooses what is kept"
@@ -132,6 +137,7 @@ def _hollow(settings: Train, precision: Precision, device: torch.device, new_tok
         else:
             model = _adapted(settings, precision, new_tokens)
     model.train()
+    fuse_quantized_lora(model)
     if settings.checkpointing == "full":
         remember(model, "full", settings.checkpoint_every)
     if device.type == "cpu":
@@ -143,8 +149,9 @@ def _hollow(settings: Train, precision: Precision, device: torch.device, new_tok
         _give_norms_numbers(model)
         remember(model, "selective")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    _make_fake(model, mode, device)
-    parameters = list(dict.fromkeys(model.parameters()))
+    stored = _bytes(m.weight for m in model.modules() if is_bitsandbytes_4bit(m) and isinstance(m.weight, Tensor))
+    packed = _make_fake(model, mode, device)
+    parameters = list(dict.fromkeys([*model.parameters(), *packed]))
     trained = [p for p in parameters if p.requires_grad]
     holder = _layer_list(lm)
     layers = getattr(*holder) if holder else None
@@ -155,6 +162,7 @@ def _hollow(settings: Train, precision: Precision, device: torch.device, new_tok
         precision=precision,
         frozen_bytes=_bytes(parameters) - _bytes(trained),
         trained_bytes=_bytes(trained),
+        mapped_bytes=stored if device.type == "cpu" and stored_dtype(settings.model) == precision.frozen else 0,
         trained=trainable(model),
         kinds=_kinds(lm, layers),
         _layers=layers,
@@ -174,6 +182,8 @@ def _own_weights(settings: Train, precision: Precision, new_tokens: Sequence[int
 
 def _adapted(settings: Train, precision: Precision, new_tokens: Sequence[int]) -> PeftModel:
     base = _from_config(settings, precision.frozen)
+    if settings.quantize != "none":
+        with_quantized_layers(base, settings.quantize, precision.frozen)
     grow(base, 1 + max(new_tokens, default=-1))
     config = with_new_tokens(peft_config(settings), base, new_tokens)
     if isinstance(config, LoraConfig):
@@ -208,11 +218,17 @@ def _give_norms_numbers(model: nn.Module) -> None:
                 parameter.data.fill_(1)
 
 
-def _make_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
-    """Put a fake tensor in the place of every parameter and buffer; tied ones stay tied."""
+def _make_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> list[Tensor]:
+    """Put a fake tensor in the place of every parameter and buffer; tied ones stay tied.
+
+    Returns the tensors of packed weights, which are more than their parameters.
+    """
     made: dict[int, nn.Parameter] = {}
+    packed: list[Tensor] = []
     with mode:
         for module in model.modules():
+            if is_bitsandbytes_4bit(module):
+                packed += pack_without_numbers(module, device)
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None and not isinstance(parameter, FakeTensor):
                     if id(parameter) not in made:
@@ -222,6 +238,7 @@ def _make_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> 
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+    return packed
 
 
 def _layer_list(lm: TreeLM) -> tuple[nn.Module, str] | None:

@@ -98,7 +98,8 @@ class BackwardStepper(Stepper):
             Diverged: several steps in a row were not finite.
         """
         norm = torch.linalg.vector_norm(torch.stack(self.norms)) if self.norms else torch.zeros(())
-        sums = StepSums.read(rows, norm, self.lm.device)
+        asked = [] if self.sentinels is None else self.sentinels.questions()
+        sums = StepSums.read(rows, norm, self.lm.device, asked)
         self._count(math.isfinite(sums.loss), sums, weight, step, None)
         return sums
 
@@ -106,12 +107,15 @@ class BackwardStepper(Stepper):
         def apply(parameter: Tensor) -> None:
             assert parameter.grad is not None
             norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
-            if not bool(torch.isfinite(norm)):
+            size = float(norm)
+            if not math.isfinite(size):
                 raise Diverged(
                     f"step {self.step}: the gradient of {name} is not finite, and optimizer_in_backward has applied "
                     "others of this step already. Lower lr, or set optimizer_in_backward=false, which skips such steps"
                 )
             self.norms.append(norm)
+            if self.sentinels is not None and size > 0:
+                self.sentinels.had_gradient(name)
             optimizer.step()
             parameter.grad = None
 

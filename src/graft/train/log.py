@@ -5,7 +5,6 @@ Knows numbers that were read from the device already; asks the device for none b
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 from graft.console import note
 from graft.model.device import memory_gib
-from graft.runs import RunFolder, append_jsonl, read_jsonl, write_atomic
+from graft.runs import RunFolder, append_jsonl, drop_last_rows
 from graft.train.step import Stepper, StepSums
 from graft.train.validate import Validation
 from graft.types import Example, Row
@@ -135,8 +134,7 @@ class Log:
         """What was logged after the checkpoint will be logged again."""
         for path in (self.run.metrics, self.run.trace):
             if self.writes and path.is_file():
-                kept = [row for row in read_jsonl(path) if step and row.get("step", step + 1) <= step]
-                write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+                drop_last_rows(path, lambda row: 0 < step >= row.get("step", math.inf))
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

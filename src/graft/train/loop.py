@@ -5,6 +5,7 @@ prepare data -> load model -> validate -> (rows -> gradient -> update -> log, va
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import threading
@@ -19,33 +20,25 @@ from torch import Tensor
 
 from graft.config.train import Train
 from graft.console import Advance, note, progress, warn
-from graft.errors import Diverged, InputError, Interrupted
+from graft.errors import Diverged, GraftError, Interrupted
 from graft.model.adapters import trainable
-from graft.model.device import pick_precision, prepare_device
+from graft.model.device import pick_precision, prepare_device, reset_peak_memory
 from graft.model.load import load_weights
-from graft.model.ranks import ALONE, Ranks, ranks_from_environment
+from graft.model.ranks import Ranks, ranks_from_environment
 from graft.model.router import RouterWatch
-from graft.model.save import save_model
-from graft.model.shard import local, whole_state
+from graft.model.shard import local
 from graft.runs import RunFolder, write_atomic
 from graft.tokens.tree import total_weight
 from graft.train.average import EMA, LIVE, Average, live_tensors, load_live
-from graft.train.checkpoint import (
-    State,
-    load_state,
-    newest_checkpoint,
-    prune,
-    put_in_place,
-    refuse_if_changed,
-    save_checkpoint,
-)
+from graft.train.checkpoint import State, load_state, set_aside_after
 from graft.train.environment import describe_environment
 from graft.train.foresee import explained_out_of_memory, foresee, is_small
 from graft.train.formats import refuse_base, trained_in
 from graft.train.in_backward import refuse_steps_of_several_rows
+from graft.train.keeper import WRITING, Keeper
 from graft.train.load import check_context, load_for_training, longest_example
 from graft.train.log import Log, Update, Window
-from graft.train.open_run import write_settings
+from graft.train.open_run import say_other_environment, write_settings
 from graft.train.optim import (
     load_optimizer_state,
     make_optimizer,
@@ -53,12 +46,16 @@ from graft.train.optim import (
     optimizer_state,
     set_learning_rate,
 )
+from graft.train.preflight import fingerprint
 from graft.train.prepare import Prepared
+from graft.train.rehearse import rehearse_save
 from graft.train.rows import look_at_rows
 from graft.train.schedule import learning_rate
+from graft.train.sentinels import Sentinels, Step
 from graft.train.share import rows_of_rank, rows_of_step
-from graft.train.signals import stop_requests
-from graft.train.together import joined, newest_of_all, open_together, prepare_together, refuse_with_ranks
+from graft.train.signals import Stop, stop_requests
+from graft.train.space import explained_disk_errors
+from graft.train.together import Here, joined, open_together, prepare_together, refuse_with_ranks, resume_together
 from graft.train.tuning import check_tuning, embeddings_of, make_stepper
 from graft.train.validate import Stopped, validate
 
@@ -78,24 +75,36 @@ def _train(settings: Train, ranks: Ranks) -> RunFolder:
     check_tuning(settings)
     refuse_base(settings)
     refuse_with_ranks(settings, ranks)
+    recipe = fingerprint(settings)
     settings, run = open_together(settings, ranks)
-    prepared = prepare_together(settings, run, ranks)
-    if settings.optimizer_in_backward:
-        refuse_steps_of_several_rows(prepared.plan, prepared.train, settings.row_budget, settings.trees)
-    if ranks.size == 1:
-        settings = foresee(settings, prepared)
-    with explained_out_of_memory(settings, prepared), joined(settings, prepared, ranks) as device:
-        fit = Fit(settings, run, prepared, device, ranks)
-        with stop_requests() as stop, progress("training", prepared.plan.total_steps, fit.state.step) as advance:
-            try:
+    with stop_requests() as stop, explained_disk_errors(run):
+        try:
+            prepared = prepare_together(settings, run, ranks)
+            place = resume_together(settings, run, prepared.made_of, ranks)
+            if place.finished:
+                note(f"{run.root} is finished already, and what it was made of has not changed; nothing is computed")
+                return run
+            if settings.optimizer_in_backward:
+                refuse_steps_of_several_rows(prepared.plan, prepared.train, settings.row_budget, settings.trees)
+            if ranks.size == 1:
+                settings = foresee(settings, prepared)
+            with (
+                explained_out_of_memory(settings, prepared),
+                joined(settings, run, prepared.made_of, ranks, recipe) as here,
+            ):
+                fit = Fit(settings, run, prepared, here, place.checkpoint)
+                fit.rehearse_saving()
                 if not is_small(settings, prepared):
                     fit.rehearse(stop)
-                fit.loop(stop, advance)
-            except Diverged as error:
-                raise Diverged(
-                    f"{error}. The last good checkpoint is {newest_checkpoint(run) or 'the base model'}"
-                ) from None
-        fit.finish()
+                stop.saves = True
+                fit.run_to_the_end(stop)
+        except KeyboardInterrupt:
+            if not stop.is_set():
+                raise
+            again = f"continue with: graft train --resume {run.root}" if run.begun() else "start again"
+            raise Interrupted(
+                f"stopped before the first step of this start, so there is nothing to save; {again}"
+            ) from None
     return run
 
 
@@ -103,48 +112,62 @@ class Fit:
     """A run in memory: the model, its optimiser and where they stand."""
 
     def __init__(
-        self, settings: Train, run: RunFolder, prepared: Prepared, device: torch.device, ranks: Ranks = ALONE
+        self, settings: Train, run: RunFolder, prepared: Prepared, here: Here, checkpoint: Path | None = None
     ) -> None:
-        """Load the model and, for a resumed run, put everything back to where its newest checkpoint was."""
+        """Load the model and, for a resumed run, put everything back to where its checkpoint was."""
         self.settings = settings
         self.run = run
         self.prepared = prepared
-        self.ranks = ranks
-        self.saves = 0
+        self.ranks, self.watchdog = here.ranks, here.watchdog
         self.total_steps = prepared.plan.total_steps
-        prepare_device(device)
-        self.precision = trained_in(settings, pick_precision(settings.precision, device))
-        checkpoint = newest_of_all(run, ranks) if settings.resume else None
-        ready = load_for_training(settings, self.precision, device, checkpoint, prepared, ranks)
+        prepare_device(here.device)
+        self.precision = trained_in(settings, pick_precision(settings.precision, here.device))
+        ready = load_for_training(settings, self.precision, here.device, checkpoint, prepared, here.ranks)
         self.lm, self.final_dtype, self.start = ready.lm, ready.final_dtype, ready.start
         check_context(self.lm, settings.model, longest_example(prepared))
         self.parameters = trainable(self.lm.model)
         self.optimizer = make_optimizer(self.parameters, embeddings_of(self.lm, settings), settings)
-        self.stepper = make_stepper(self.lm, self.parameters, self.optimizer, self.precision, settings, ranks)
+        self.stepper = make_stepper(self.lm, self.parameters, self.optimizer, self.precision, settings, here.ranks)
         asked = settings.router_aux_loss
         if asked is not None:
             self.stepper.router = RouterWatch(self.lm, None if asked == "auto" else asked)
         free = settings.optimizer == "schedule_free_adamw"
         self.average = Average(self.parameters, self.optimizer, settings.ema, free)
         self.state = State(step=0, made_of=prepared.made_of)
-        self.log = Log(run, self.total_steps, writes=ranks.first)
+        self.log = Log(run, self.total_steps, writes=here.ranks.first)
+        vocabulary = next(self.lm.embedding.parameters()).shape[0]
+        self.sentinels = Sentinels(self.parameters, vocabulary, here.ranks.first)
+        self.stepper.sentinels = self.sentinels
+        self.keeper = Keeper(settings, run, self.lm, self.parameters, prepared.renderer, self.start, here)
+        saves = 3 + sum(self.total_steps // every for every in self._intervals())  # each validation may be the best
+        self.keeper.refuse_if_disk_is_small(self.parameters, self._keeps_live, saves)
         if checkpoint is not None:
             self._restore(checkpoint)
-        self.log.drop_after(self.state.step)
+        if here.ranks.first:  # not before: a resume that was refused must leave the folder as it was
+            self._write_what_it_is(resumed=checkpoint is not None)
         self.val_examples = prepared.val.examples(range(len(prepared.val)))
-        if ranks.first:  # not before: a resume that was refused must leave the folder as it was
-            write_settings(settings, run)
-            self._write_environment()
         self._say_what_is_trained()
 
-    def _write_environment(self) -> None:
+    def _write_what_it_is(self, resumed: bool) -> None:
+        """config.yaml and environment.json."""
+        write_settings(self.settings, self.run)
+        self.log.drop_after(self.state.step)
         found = {
-            "counts": self.prepared.counts,
-            "thinking": self.prepared.thinking,
-            "processes": self.ranks.size,
-        }
+            "counts": self.prepared.counts, "thinking": self.prepared.thinking, "processes": self.ranks.size,
+        }  # fmt: skip
         environment = describe_environment(self.lm.device, self.prepared.made_of) | found
+        if resumed:
+            say_other_environment(self.run, environment)
         write_atomic(self.run.environment, json.dumps(environment, indent=1, ensure_ascii=False))
+
+    def rehearse_saving(self) -> None:
+        """Save and load what has not been trained yet, so that a folder which would not serve is found out now."""
+        if self.state.step > 0:
+            return
+        (first, *_) = self.prepared.train.examples(self.prepared.plan.step(0))
+        (row,) = self.lm.rows([first], self.settings.row_budget)
+        self.watchdog.beat("a rehearsal of saving", patience=WRITING)
+        rehearse_save(self.keeper.writer, self.lm, self.parameters, self.settings, self.precision, row, self.ranks)
 
     def rehearse(self, stop: threading.Event) -> None:
         """Compute the plan's heaviest rows first and forget them, so that memory runs out now or never.
@@ -161,26 +184,41 @@ class Fit:
             for row in look_at_rows(self.prepared, self.settings.row_budget, self.lm).heaviest:
                 if self.ranks.any(stop.is_set()):  # the loop sees it too, and saves
                     break
+                self.watchdog.beat("a rehearsal of the heaviest row")
                 self.stepper.count_experts([row], self.state.step)  # forgets those of another row
                 self.stepper.accumulate(row, (self.state.step, 0), 1.0)
                 self.stepper.discard()
         self.lm.model.train(training)
-        if device.type == "cuda":  # the log's peak is that of the steps
-            torch.cuda.reset_peak_memory_stats(device)
+        reset_peak_memory(device)  # the log's peak is that of the steps
+
+    def run_to_the_end(self, stop: Stop) -> None:
+        """The steps that are left, and the final folder. However it ends, no save is in flight afterwards."""
+        try:
+            with progress("training", self.total_steps, self.state.step) as advance:
+                self.loop(stop, advance)
+            self.finish()
+        except Diverged as error:
+            self.keeper.wait()
+            last = self.keeper.newest() or "the base model"
+            raise Diverged(f"{error}. The last good checkpoint is {last}") from None
+        finally:
+            with contextlib.suppress(GraftError):  # what ended the run is what is said
+                self.keeper.wait()
 
     def loop(self, stop: threading.Event, advance: Advance) -> None:
         """Update by update to the end of the plan."""
-        eval_every = self.settings.eval_every or max(1, math.ceil(self.total_steps / 10))
-        save_every = self.settings.save_every or eval_every
+        eval_every, save_every = self._intervals()
         if self.state.step == 0 or self.state.unvalidated:
             better = self._validate(stop)
             if better or (self.state.step == 0 and self.settings.patience is not None):
                 self.save()  # the untrained weights may turn out to be the best
         self.lm.model.train()
         while self.state.step < self.total_steps and not self._out_of_patience():
-            update = self._update(self.state.step, stop)
+            self.keeper.check()
+            update = None if self.ranks.any(stop.is_set()) else self._update(self.state.step, stop)
             if update is None:
                 self._stop_here()
+            applied = self.stepper.skipped == self.state.skipped
             self.state = replace(
                 self.state,
                 step=self.state.step + 1,
@@ -192,14 +230,22 @@ class Fit:
             if self.state.step % self.settings.log_every == 0 or done:
                 epoch = self.prepared.plan.epoch_at(self.state.step)
                 self.log.write_steps(self.state.step, epoch, update, self.stepper)
+            seen = Step(self.state.step, update.loss, update.sums.norm, update.weight, applied)
+            self.sentinels.judge(seen, update.sums.answers)
             better = False
             if self.state.step % eval_every == 0 or done:
                 better = self._validate(stop)
             if self.state.step % save_every == 0 or better or done:
                 self.save()
 
+    def _intervals(self) -> tuple[int, int]:
+        """Steps between validations, and between checkpoints."""
+        eval_every = self.settings.eval_every or max(1, math.ceil(self.total_steps / 10))
+        return eval_every, self.settings.save_every or eval_every
+
     def finish(self) -> None:
         """Write `final/`: the last weights, or with `patience` the best ones."""
+        self.keeper.wait()
         self._refuse_if_not_finite()
         if self.stepper.skipped >= self.total_steps:
             raise Diverged(
@@ -210,54 +256,40 @@ class Fit:
             note(f"final/ holds the weights of step {best}, which had the best validation loss")
             self._go_back(self.run.checkpoints / f"step-{best}")
         self.average.keep()
-        weights = whole_state(self.lm.model) if self.ranks.size > 1 else None
-        self.ranks.from_first("final", lambda: self._write_final(weights))
+        self.keeper.final(self.final_dtype)
         if self.stepper.skipped:
             warn(f"{self.stepper.skipped} of {self.total_steps} steps were skipped because they were not finite")
 
-    def _write_final(self, weights: dict[str, Tensor] | None) -> str:
-        aside = self.run.root / ".final.tmp"
-        try:
-            save_model(self.lm.model, self.prepared.renderer, aside, self.final_dtype, self.start, weights)
-            put_in_place(aside, self.run.final)
-        except OSError as error:
-            raise InputError(
-                f"{self.run.final}: cannot be saved ({error.strerror}); free some space and resume"
-            ) from None
-        return str(self.run.final)
-
     def save(self) -> None:
         """A checkpoint of this moment; older ones than `keep_last` go, never the best."""
+        if self.keeper.saved == self.state:  # a stop right after a save
+            return
         self._refuse_if_not_finite()
         tensors = optimizer_state(self.optimizer, self.parameters) | self.average.tensors()
-        if (
-            self.average.differs or self.start is not None
-        ):  # the folder's weights are not those that training goes on with
+        if self._keeps_live:
             tensors |= live_tensors(self.parameters)
         state = replace(
             self.state,
             optimizer=optimizer_numbers(self.optimizer, self.parameters),
             scaler=self.stepper.scaler.state_dict(),
             window=asdict(self.log.window),
+            sentinels=self.sentinels.state(),
         )
         with self.average.judged():
-            weights = whole_state(self.lm.model) if self.ranks.size > 1 else None
+            self.keeper.save(state, tensors)
+        self.keeper.saved = self.state
 
-            def write() -> str:
-                saved = save_checkpoint(
-                    self.run, self.lm.model, self.prepared.renderer, tensors, state, self.start, weights
-                )
-                prune(self.run, self.settings.keep_last, self.state.best_step)
-                return str(saved)
-
-            self.saves += 1
-            self.ranks.from_first(f"checkpoint {self.saves}", write)
+    @property
+    def _keeps_live(self) -> bool:
+        """Whether a folder's weights are not those that training goes on with, which are then kept beside them."""
+        return self.average.differs or self.start is not None
 
     def _update(self, step: int, stop: threading.Event) -> Update | None:
         """One optimizer step over the conversations of the plan; None where a stop was asked for before it was made."""
         started = time.perf_counter()
         examples = self.prepared.train.examples(self.prepared.plan.step(step))
         budget = self.settings.row_budget
+        self.watchdog.beat(f"step {step + 1}")
         mine = rows_of_step(self.lm, examples, budget, self.ranks)
         weight = total_weight(examples)
         lr = learning_rate(step, self.total_steps, self.settings)
@@ -266,10 +298,12 @@ class Fit:
         self.stepper.count_experts(mine.rows, step)
         for index, row in enumerate(mine.rows):
             of_rows.append(self.stepper.accumulate(row, (step, mine.number_of(index)), weight))
+            self.watchdog.beat(f"step {step + 1}, row {index + 1}")
             if stop.is_set() and self.stepper.revocable and self.ranks.size == 1:
                 break
-        for row in mine.idle:
+        for index, row in enumerate(mine.idle, len(mine.rows)):
             self.stepper.idle(row, (step, 0))
+            self.watchdog.beat(f"step {step + 1}, row {index + 1}")
         if self.stepper.revocable and self.ranks.any(stop.is_set()):
             self.stepper.discard()
             return None
@@ -292,7 +326,10 @@ class Fit:
         self.state = replace(self.state, unvalidated=True)
         try:
             with self.average.judged():
-                found = validate(self.lm, self.val_examples, self.settings.row_budget, self.precision, stop, self.ranks)
+                budget = self.settings.row_budget
+                found = validate(
+                    self.lm, self.val_examples, budget, self.precision, stop, self.ranks, self.watchdog.beat
+                )
         except Stopped:
             self._stop_here()
         self.state = replace(self.state, unvalidated=False)
@@ -327,6 +364,7 @@ class Fit:
 
     def _stop_here(self) -> NoReturn:
         self.save()
+        self.keeper.wait()
         raise Interrupted(
             f"stopped after step {self.state.step} of {self.total_steps}; checkpoint saved. "
             f"Continue with: graft train --resume {self.run.root}"
@@ -334,9 +372,11 @@ class Fit:
 
     def _restore(self, checkpoint: Path) -> None:
         state, tensors = load_state(checkpoint)
-        refuse_if_changed(checkpoint, state.made_of, self.prepared.made_of)
         self._load_tensors(tensors, state.optimizer)
-        self.state = state
+        self.state = self.keeper.saved = state
+        self.sentinels.load(state.sentinels)
+        if isinstance(self.settings.resume, str) and self.ranks.first:
+            set_aside_after(self.run, state.step)
         self.stepper.skipped = state.skipped
         self.stepper.skipped_in_a_row = state.skipped_in_a_row
         self.log.window = Window(**state.window)

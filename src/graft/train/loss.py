@@ -24,10 +24,14 @@ from torch.utils.checkpoint import checkpoint
 
 from graft.model.attention import TreeRow
 from graft.model.count import HEAD, part
+from graft.model.device import scratch
+from graft.model.product import times, times_transposed
 from graft.model.trees import LogitShape, TreeLM, shape_logits
 
 CHUNK_ELEMENTS = 2**24
 """Largest logits chunk, in elements: 64 MiB in fp32."""
+LARGE_LOGITS = 2**25
+"""Bytes of a chunk of logits that gets a place of its own in memory."""
 CACHED_ROWS = 160
 """Predictors of a chunk on the CPU where the head is frozen: seven passes over the logits then stay in the cache."""
 
@@ -128,6 +132,21 @@ def _module_nll(
     return summed.loss, summed.nll.detach(), summed.correct.detach()
 
 
+def _room(rows: int, vocabulary: int, like: Tensor) -> Tensor | None:
+    """Room for large logits, which all chunks use in turn; None for small ones, which the faster product makes."""
+    return scratch(rows, vocabulary, like) if 4 * rows * vocabulary >= LARGE_LOGITS else None
+
+
+def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, room: Tensor | None) -> Tensor:
+    """[C, V] the head's product in fp32; written into `room` [at least C, V] where there is one."""
+    if room is None:
+        return times(hidden, weight, bias).float()
+    out = room[: len(hidden)]
+    if hidden.dtype != out.dtype:
+        return out.copy_(F.linear(hidden, weight, bias))
+    return torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
+
+
 def _vocabulary(head: nn.Module) -> int:
     sizes = [parameter.shape[0] for parameter in head.parameters() if parameter.dim() == 2]
     return max(sizes) if sizes else CHUNK_ELEMENTS
@@ -165,10 +184,11 @@ class _LinearNLL(torch.autograd.Function):
         chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
         if hidden.device.type == "cpu" and grad_weight is None:  # its gradient would be passed over for each chunk
             chunk = min(chunk, CACHED_ROWS)
+        room = _room(min(chunk, hidden.shape[0]), weight.shape[0], hidden)
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             h, y, w = hidden[part].to(dtype), labels[part], weights[part]
-            z = shape_logits(F.linear(h, product, None if bias is None else bias.to(dtype)).float(), shape)
+            z = shape_logits(_product(h, product, None if bias is None else bias.to(dtype), room), shape)
             at_label = z.gather(1, y[:, None]).squeeze(1)
             largest, best = z.max(dim=1)
             correct += (w * (best == y)).sum()
@@ -197,7 +217,7 @@ class _LinearNLL(torch.autograd.Function):
                 grad_bias += z.sum(dim=0)
             z = z.to(dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = z @ product
+                grad_hidden[part] = times_transposed(z, product)
             if grad_weight is not None:
                 grad_weight += (z.T @ h).float()
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)

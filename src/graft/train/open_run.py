@@ -1,15 +1,29 @@
-"""The run folder that a run writes to, and the settings that it then has. Reads no data and no weights."""
+"""The run folder that a run writes to, the settings that it then has, and where in it a resumed run goes on.
+
+Reads no data and no weights.
+"""
 
 from __future__ import annotations
 
 import datetime
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from graft.config.train import Train, load_train
+from graft.console import note, warn
 from graft.errors import InputError
-from graft.runs import RunFolder, make_writable, new_run_folder, write_atomic
+from graft.runs import RunFolder, make_writable, new_run_folder, newest_run, run_name, write_atomic
+from graft.train.checkpoint import (
+    clear_up,
+    newest_checkpoint,
+    read_state,
+    refuse_if_changed,
+    refuse_without_optimizer,
+)
 
 
 def open_run(settings: Train) -> tuple[Train, RunFolder]:
@@ -19,6 +33,8 @@ def open_run(settings: Train) -> tuple[Train, RunFolder]:
         InputError: the folder cannot be written, holds another run, or holds none to resume.
     """
     name = f"{Path(settings.model).name}-{Path(settings.data[0].path).stem}"
+    if settings.resume == "auto":
+        settings = _whatever_is_there(settings, name)
     run = new_run_folder(settings.out, name)
     if run.begun() and not settings.resume:
         raise InputError(f"{run.root}: holds a run already; continue it with resume=true, or choose another out=DIR")
@@ -27,6 +43,7 @@ def open_run(settings: Train) -> tuple[Train, RunFolder]:
     if settings.resume and not run.exists():
         raise InputError(f"{run.root}: there is no run to resume; start it without resume=true")
     make_writable(run.root)
+    clear_up(run)
     if settings.resume:
         settings = _as_begun(settings, load_train(run.config))
     effective = {
@@ -35,6 +52,54 @@ def open_run(settings: Train) -> tuple[Train, RunFolder]:
         "row_tokens": "auto" if settings.row_tokens == "auto" else settings.row_budget,
     }
     return with_date(settings).model_copy(update=effective), run
+
+
+def _whatever_is_there(settings: Train, name: str) -> Train:
+    """The settings of `resume: auto`: they continue the run that is there, and begin one where none is."""
+    if settings.out is not None:
+        there: RunFolder | None = RunFolder(Path(settings.out))
+    else:
+        there = newest_run(Path("runs"), f"{run_name(name)}*")
+    if there is None or not there.exists():
+        note("resume: auto finds no run yet, so this one begins")
+        return settings.model_copy(update={"resume": False})
+    return settings.model_copy(update={"resume": True, "out": str(there.root)})
+
+
+def place_to_resume(settings: Train, run: RunFolder, made_of: Mapping[str, str]) -> Path | None:
+    """The checkpoint that the run goes on from; None where it begins.
+
+    Raises:
+        InputError: the run has changed, or the checkpoint that was named cannot serve.
+    """
+    if not settings.resume:
+        return None
+    if isinstance(settings.resume, str):
+        checkpoint: Path | None = Path(settings.resume)
+        assert checkpoint is not None
+        refuse_without_optimizer(checkpoint)
+    else:
+        checkpoint = newest_checkpoint(run, to_resume=True)
+    if checkpoint is None:
+        note(f"{run.root}: no checkpoint yet, so the run begins anew")
+        return None
+    refuse_if_changed(checkpoint, read_state(checkpoint).made_of, made_of)
+    return checkpoint
+
+
+def say_other_environment(run: RunFolder, now: Mapping[str, Any]) -> None:
+    """Name what the run was computed by before and is not now: its numbers may then differ by rounding."""
+    try:
+        before = json.loads(run.environment.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    was, is_now = ({**found, **found.get("packages", {})} for found in (before, now))
+    names = ("graft", "python", "platform", "device", "threads", "git", *now["packages"])
+    changed = [
+        f"{name} was {was.get(name)}, is {is_now.get(name)}" for name in names if was.get(name) != is_now.get(name)
+    ]
+    if changed:
+        warn(f"the run goes on, but equal to the bit only where nothing has changed: {'; '.join(changed)}")
 
 
 def _as_begun(settings: Train, begun: Train) -> Train:

@@ -14,23 +14,36 @@ from graft.console import note
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Stop(threading.Event):
+    """Set when a stop was asked for."""
+
+    saves = False
+    """Whether there is something to save, so that whoever computes looks at the event and saves. Until then a signal
+    raises KeyboardInterrupt where the program happens to be."""
+
+
 @contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """An event that is set by the first SIGINT or SIGTERM; the second ends the process, which is safe at any byte."""
-    asked = threading.Event()
+def stop_requests() -> Iterator[Stop]:
+    """A stop that is set by the first SIGINT or SIGTERM; the second ends the process, which is safe at any byte."""
+    stop = Stop()
 
     def ask(number: int, _frame: FrameType | None) -> None:
-        if asked.is_set():
+        if stop.is_set():
             os._exit(128 + number)
-        asked.set()
-        note(f"{signal.Signals(number).name}: saving a checkpoint, then stopping; again to stop at once")
+        stop.set()
+        name = signal.Signals(number).name
+        if stop.saves:
+            note(f"{name}: saving a checkpoint, then stopping; again to stop at once")
+        else:
+            note(f"{name}: stopping; this start has computed nothing yet that could be lost")
+            raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield asked
+        yield stop
         return
     before = {number: signal.signal(number, ask) for number in SIGNALS}
     try:
-        yield asked
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -15,10 +15,11 @@ from graft.model.attention import TreeRow
 from graft.model.device import Precision
 from graft.model.ranks import ALONE, Ranks
 from graft.model.router import Routed, RouterWatch, share_of_aux
-from graft.model.shard import local, whole
+from graft.model.shard import everywhere, local
 from graft.model.trees import TreeLM
 from graft.train.loss import PLAIN, Objective, Summed, row_loss
 from graft.train.noise import noisy_embedding
+from graft.train.sentinels import Sentinels
 from graft.types import Row
 
 MOST_SKIPPED = 5
@@ -43,17 +44,29 @@ class StepSums(NamedTuple):
     """Sum of weight * nll."""
     norm: float
     """Of the gradient, before clipping."""
+    answers: tuple[float, ...] = ()
+    """To what the sentinels asked."""
 
     @classmethod
-    def read(cls, rows: Sequence[RowSums], norm: Tensor, device: torch.device, ranks: Ranks = ALONE) -> StepSums:
+    def read(
+        cls,
+        rows: Sequence[RowSums],
+        norm: Tensor,
+        device: torch.device,
+        asked: Sequence[Tensor] = (),
+        ranks: Ranks = ALONE,
+    ) -> StepSums:
         """Add up what rows gave, in all processes; here the host waits for the device, once.
 
-        `norm` is that of the whole gradient already.
+        `norm` is that of the whole gradient already; what is asked is added up over the processes too.
         """
-        of_rows = [sums for row in rows for sums in row]
-        *read, found = torch.stack([*of_rows, norm.to(device, torch.float32)]).tolist()
-        loss, nll = ranks.sum(torch.tensor([sum(read[0::2], 0.0), sum(read[1::2], 0.0)], dtype=torch.float64)).tolist()
-        return cls(loss, nll, found)
+        scalars = [*(sums for row in rows for sums in row), *(one.to(device, torch.float32) for one in (norm, *asked))]
+        read = torch.stack(scalars).tolist()
+        count = 2 * len(rows)
+        of_rows, found, answers = read[:count], read[count], read[count + 1 :]
+        mine = torch.tensor([sum(of_rows[0::2], 0.0), sum(of_rows[1::2], 0.0), *answers], dtype=torch.float64)
+        loss, nll, *answered = ranks.sum(mine).tolist()
+        return cls(loss, nll, found, tuple(answered))
 
 
 class Stepper:
@@ -89,6 +102,8 @@ class Stepper:
         """What the routers did with the tokens of the step at hand; None until that is known."""
         self.aux_of_rows: list[Tensor] = []
         """Each row's part of the step's load-balancing loss, without its coefficient."""
+        self.sentinels: Sentinels | None = None
+        """What asks for further scalars to be read with a step's sums."""
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.scaler = torch.amp.GradScaler(lm.device.type, enabled=precision.scaled)
@@ -165,8 +180,9 @@ class Stepper:
         """
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients)).to(self.lm.device)
-        sums = StepSums.read(rows, norm, self.lm.device, self.ranks)
+        norm = everywhere(torch.nn.utils.get_total_norm(gradients))
+        asked = [] if self.sentinels is None else self.sentinels.questions()
+        sums = StepSums.read(rows, norm, self.lm.device, asked, self.ranks)
         finite = math.isfinite(sums.loss) and math.isfinite(sums.norm)
         if finite and self.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip, norm)

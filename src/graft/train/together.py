@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,12 +25,29 @@ from graft.runs import RunFolder
 from graft.tokens.load import load_renderer
 from graft.tokens.plan import Plan
 from graft.tokens.store import open_stored
-from graft.train.checkpoint import newest_checkpoint
-from graft.train.open_run import open_run
+from graft.train.open_run import open_run, place_to_resume
+from graft.train.preflight import look_at_each_other
 from graft.train.prepare import Prepared, prepare
+from graft.train.watchdog import Watchdog
 
 SHARDED_OPTIMIZERS = ("adamw", "lion", "sgd", "schedule_free_adamw")
 """Those that treat each number of a weight by itself, so that a part of a weight is treated as the whole one is."""
+
+
+class Here(NamedTuple):
+    """What a process has once it is connected to the others."""
+
+    ranks: Ranks
+    device: torch.device
+    watchdog: Watchdog
+
+
+class Place(NamedTuple):
+    """Where a run goes on."""
+
+    checkpoint: Path | None
+    """None where it begins."""
+    finished: bool
 
 
 def refuse_with_ranks(settings: Train, ranks: Ranks) -> None:
@@ -141,8 +159,11 @@ def _reopened(text: str, settings: Train) -> Prepared:
 
 
 @contextmanager
-def joined(settings: Train, prepared: Prepared, ranks: Ranks) -> Iterator[torch.device]:
-    """This process's device, with the connections to the others open and looked at."""
+def joined(settings: Train, run: RunFolder, made_of: Mapping[str, str], ranks: Ranks, recipe: str) -> Iterator[Here]:
+    """This process's device, with the connections to the others open, looked at, and watched.
+
+    `recipe` is the fingerprint of what this process was told to do.
+    """
     device = pick_device(settings.device)
     if ranks.size > 1 and device.type != "cpu":
         if ":" in settings.device:
@@ -152,20 +173,32 @@ def joined(settings: Train, prepared: Prepared, ranks: Ranks) -> Iterator[torch.
         device = pick_device(f"{device.type}:{ranks.local}")
         torch.accelerator.set_device_index(device)
     ranks.join(device)
-    yield device
+    if ranks.size > 1:
+        look_at_each_other(ranks, device, recipe, made_of)
+    watchdog = Watchdog(ranks, run.checkpoints)
+    try:
+        yield Here(ranks, device, watchdog)
+    finally:
+        watchdog.rest()
     ranks.leave()
 
 
-def newest_of_all(run: RunFolder, ranks: Ranks) -> Path | None:
-    """The newest complete checkpoint, as the first process sees it.
+def resume_together(settings: Train, run: RunFolder, made_of: Mapping[str, str], ranks: Ranks) -> Place:
+    """Where the run goes on, as the first process sees it.
 
     Raises:
-        InputError: this process's host does not see it.
+        InputError: see `place_to_resume`; or this process's host does not see the checkpoint.
     """
-    named = ranks.from_first("newest checkpoint", lambda: str(newest_checkpoint(run) or ""))
-    if named and not Path(named).is_dir():
+
+    def look() -> str:
+        checkpoint = place_to_resume(settings, run, made_of)
+        finished = settings.resume is True and run.finished()
+        return json.dumps([str(checkpoint) if checkpoint else None, finished])
+
+    named, finished = json.loads(ranks.from_first("where it goes on", look))
+    if named is not None and not Path(named).is_dir():
         raise InputError(
             f"rank {ranks.rank}: {named} cannot be read on this host; put the run folder (out=DIR) where every host "
             "sees it, or copy the checkpoint there"
         )
-    return Path(named) if named else None
+    return Place(Path(named) if named is not None else None, finished)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,7 @@ def validate(
     precision: Precision,
     stop: threading.Event | None = None,
     ranks: Ranks = ALONE,
+    beat: Callable[[str], None] = lambda _doing: None,
 ) -> Validation:
     """Loss (the plain nll, whatever is trained on) and token accuracy; (nan, nan, 0) for a set without targets.
 
@@ -60,6 +61,7 @@ def validate(
                 summed = row_loss(lm, lm.place(row))
                 if len(sums) <= len(mine.rows):
                     sums.append(torch.stack([summed.nll, summed.correct]))  # read at the end: no waiting for the device
+                beat("validating")
                 if stop is not None and ranks.any(stop.is_set()):
                     raise Stopped
     finally:

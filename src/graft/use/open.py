@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from graft.config.train import Encode, Train, load_train
+from graft.console import note
 from graft.errors import InputError
 from graft.runs import RunFolder, weights_fingerprint
 from graft.tokens.load import TOKENIZER_FILES
@@ -116,7 +117,7 @@ def _step(path: Path) -> int:
 
 def _classify(named: str, folder: Path, base: str | None, run: RunFolder | None) -> Target:
     if (folder / "adapter_config.json").is_file():
-        return Target(named, str(folder), base or _base_of(folder), "adapter", run)
+        return Target(named, str(folder), base or _named_base(folder, said=run is None), "adapter", run)
     if (folder / "config.json").is_file():
         return Target(named, str(folder), None, "model", run)
     inside = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
@@ -125,6 +126,14 @@ def _classify(named: str, folder: Path, base: str | None, run: RunFolder | None)
         f"{folder}: no model there (neither config.json nor adapter_config.json nor a run's config.yaml); "
         + (f"it holds {listing}" if inside else "the folder is empty")
     )
+
+
+def _named_base(folder: Path, said: bool) -> str:
+    """The base that an adapter names; a stranger's may name any folder or id, so it is said."""
+    base = _base_of(folder)
+    if said:
+        note(f"{folder}: an adapter, which names {base} as the model that it sits on")
+    return base
 
 
 def _base_of(folder: Path) -> str:

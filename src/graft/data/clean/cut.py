@@ -12,7 +12,7 @@ from typing import Any
 
 from graft.config.clean import Cut
 from graft.data.clean.step import Drop, Notes, exchanges
-from graft.errors import GraftError, first_line
+from graft.errors import GraftError, InputError, first_line
 from graft.types import Conversation, Message
 
 Count = Callable[[Sequence[Message], Sequence[Mapping[str, Any]]], int]
@@ -33,6 +33,8 @@ def cut_long(
         if count(conversation.messages, conversation.tools) <= settings.max_tokens:
             return conversation
         parts = _parts(conversation, settings, notes, count)
+    except InputError:  # the template or the tokenizer itself, whatever the turns
+        raise
     except GraftError as error:  # a template that refuses these turns would refuse to train on them
         return Drop("messages", f"the chat template refuses it: {first_line(error)}")
     if not parts:

@@ -5,10 +5,11 @@ Speaks of entries, columns and tags. What an entry says holds: a column that it 
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from graft.config.base import did_you_mean
@@ -238,6 +239,7 @@ def _place(path: Path, address: str, given: Mapping[str, Any]) -> tuple[str | No
         )
     if name := _text(address, given, "file_name"):
         file = path.parent / name
+        _refuse_outside(path, address, name)
         if not file.exists():
             raise InputError(
                 f"{address}: its file {file} is not there; put it beside {path.name}, or correct file_name"
@@ -245,6 +247,25 @@ def _place(path: Path, address: str, given: Mapping[str, Any]) -> tuple[str | No
         return None, file
     key = next(key for key in _PLACES if key in given)
     raise InputError(f"{address}: is only at {key}: {given[key]}; download it, and name its files as file_name")
+
+
+def _refuse_outside(path: Path, address: str, name: str) -> None:
+    """A catalogue is often downloaded with its data: what it names lies beside it, also where that is a link.
+
+    The hub's cache is allowed its form: `snapshots/COMMIT/FILE` is a link into `blobs` of the same data set.
+
+    Raises:
+        InputError: the entry's file lies elsewhere.
+    """
+    folder = Path(os.path.realpath(path.parent))
+    if folder.parent.name == "snapshots":
+        folder = folder.parent.parent
+    file = Path(os.path.realpath(path.parent / name))
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or not file.is_relative_to(folder):
+        raise InputError(
+            f"{address}: file_name {name!r} is {file}, outside of the catalogue's folder {path.parent}; name that file "
+            "itself as data if it is yours, or copy it there"
+        )
 
 
 def _layout(formatting: str, ranking: bool, columns: Mapping[str, str], named: bool) -> tuple[str, dict[str, str]]:

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from graft.data.reading.json_list import ListError, not_utf8, stream_list
-from graft.data.reading.rows import BOM, File, Raw, make_row, reject_row
+from graft.data.reading.rows import BOM, MOST_ROW, File, Raw, make_row, reject_row
 from graft.data.values import MAX_DEPTH, kind, parse_json
 from graft.errors import InputError
 from graft.types import Origin
 
 WRAPPERS = ("data", "train", "rows")
 """Keys under which a json file that is one object may hold its list of rows."""
+
+MOST_WHOLE = 1 << 31
+"""Bytes of a file that must be held whole: an object around a list of rows, a text."""
 
 
 def read_jsonl(file: File) -> Iterator[Raw]:
@@ -44,12 +48,12 @@ def read_json(file: File) -> Iterator[Raw]:
         line = data.count(b"\n", 0, error.start) + 1
         if _has_object_lines(data):
             return _read_lines(file)
-        raise InputError(f"{file.path}:{line}: {not_utf8(error)}") from None
+        raise InputError(f"{file.path}, line {line}: {not_utf8(error)}") from None
     except json.JSONDecodeError as error:
         if _has_object_lines(data):
             return _read_lines(file)
         raise InputError(
-            f"{file.path}:{error.lineno}: broken JSON at column {error.colno} ({error.msg}); "
+            f"{file.path}, line {error.lineno}: broken JSON at column {error.colno} ({error.msg}); "
             "the file must be one list of objects, or one object per line"
         ) from None
     except ValueError as error:
@@ -72,13 +76,20 @@ def read_text(file: File) -> Iterator[Raw]:
 
 def _whole(file: File) -> bytes:
     with file.open() as content:
-        return content.read().removeprefix(BOM)
+        data = content.read(MOST_WHOLE + 1)
+    if len(data) > MOST_WHOLE:
+        raise InputError(
+            f"{file.path}: more than {MOST_WHOLE >> 20:,} MiB in one piece; split it, or write jsonl, one row per line"
+        )
+    return data.removeprefix(BOM)
 
 
 def _read_lines(file: File) -> Iterator[Raw]:
     """One JSON object per line. Lines end at \\n only: Unicode has other line ends, and they may stand inside text."""
     with file.open() as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(partial(lines.readline, MOST_ROW), b""), 1):
+            if len(line) == MOST_ROW:
+                raise InputError(f"{file.path}:{number}: a row of more than {MOST_ROW >> 20} MiB; split it, or drop it")
             content = line.removeprefix(BOM) if number == 1 else line
             if content.strip():
                 yield parse_line(file.origin(number), content.rstrip())
@@ -174,7 +185,8 @@ def _read_list(file: File) -> Iterator[Raw]:
         try:
             yield from _read_elements(file, stream_list(content))
         except ListError as error:
-            raise InputError(f"{file.path}:{error.line}: {error.reason}") from None
+            # In words: `FILE:3` is the third element everywhere else.
+            raise InputError(f"{file.path}, line {error.line}: {error.reason}") from None
 
 
 def _read_elements(file: File, values: Iterable[Any]) -> Iterator[Raw]:

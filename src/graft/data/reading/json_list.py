@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from graft.data.reading.rows import BOM
+from graft.data.reading.rows import BOM, MOST_ROW
 from graft.data.values import decode_value
 
 CHUNK = 1 << 20
@@ -117,6 +117,9 @@ class _Text:
                 if whole or self._ended:
                     self._at = end
                     return value
+            if len(self._held) - self._at > MOST_ROW:
+                reason = f"an element of more than {MOST_ROW >> 20} MiB; split it, or drop it"
+                raise ListError(self._place(self._at)[0], reason)
             self._read()
 
     def fail(self, reason: str, at: int | None = None) -> None:

@@ -23,6 +23,13 @@ PACKED = (".gz", ".zst")
 """Last suffixes of files that are unpacked while they are read."""
 
 
+MOST_RATIO = 300
+MOST_UNPACKED = 1 << 30
+"""A packed file may unpack to so many times its size, and to so many bytes in any case."""
+MOST_ROW = 1 << 28
+"""Bytes of a row."""
+
+
 @dataclass(frozen=True, slots=True)
 class Raw:
     """One row as its file has it."""
@@ -57,10 +64,10 @@ class File:
             broken = (EOFError, zstandard.ZstdError)
         try:
             with self.path.open("rb") as file:
-                if packing == ".gz":
-                    yield cast(BinaryIO, gzip.GzipFile(fileobj=file))
-                elif packing == ".zst":
-                    yield cast(BinaryIO, io.BufferedReader(_Zst(file), 1 << 17))
+                if packing in PACKED:
+                    unpacked = gzip.GzipFile(fileobj=file) if packing == ".gz" else _Zst(file)
+                    most = most_unpacked(self.path)
+                    yield cast(BinaryIO, io.BufferedReader(_Bounded(self.path, unpacked, most), 1 << 17))
                 else:
                     yield file
         except broken as error:
@@ -74,6 +81,42 @@ class File:
     def origin(self, line: int) -> Origin:
         """The place of a row."""
         return Origin(str(self.path), line)
+
+
+def most_unpacked(path: Path) -> int:
+    """Bytes to which a packed file may unpack."""
+    return max(MOST_UNPACKED, MOST_RATIO * path.stat().st_size)
+
+
+def bomb(path: Path) -> InputError:
+    """What is said of a file that unpacks to more."""
+    return InputError(
+        f"{path}: its {path.stat().st_size:,} bytes unpack to more than {most_unpacked(path) >> 20:,} MiB, as no text "
+        "does; if you trust it, unpack it yourself and name what comes out"
+    )
+
+
+class _Bounded(io.RawIOBase):
+    """Unpacked content, up to a size that no data has: a few megabytes can be made to unpack without end."""
+
+    def __init__(self, path: Path, inner: io.BufferedIOBase | io.RawIOBase, most: int) -> None:
+        self._path, self._inner, self._most = path, inner, most
+        self._done = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        """Fill the target; 0 at the end.
+
+        Raises:
+            InputError: there is too much of it.
+        """
+        count = self._inner.readinto(target) or 0
+        self._done += count
+        if self._done > self._most:
+            raise bomb(self._path)
+        return count
 
 
 class _Zst(io.RawIOBase):

@@ -8,10 +8,11 @@ from __future__ import annotations
 import csv
 import io
 import re
+import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from graft.data.reading.rows import BOM, File, Raw, make_row, reject_row
+from graft.data.reading.rows import BOM, MOST_ROW, File, Raw, bomb, make_row, most_unpacked, reject_row
 from graft.errors import InputError, first_line
 from graft.types import Origin
 
@@ -41,7 +42,7 @@ def _delimiter(file: File) -> str:
 
 def _read_delimited(file: File, delimiter: str) -> Iterator[Raw]:
     """Rows under a header line; quoted cells may hold line ends. A row's line is the one on which it begins."""
-    csv.field_size_limit(2**31 - 1)  # the default refuses cells over 128 KiB: long documents
+    csv.field_size_limit(MOST_ROW)  # the default refuses cells over 128 KiB: long documents
     # A byte that is not UTF-8 must cost its own row only, so it is let through here and refused in `tidy`.
     with file.open() as content, io.TextIOWrapper(content, "utf-8-sig", "surrogateescape", newline="") as text:
         reader = csv.reader(text, delimiter=delimiter, strict=True)
@@ -102,6 +103,9 @@ def read_xlsx(file: File) -> Iterator[Raw]:
     import openpyxl
 
     try:
+        with zipfile.ZipFile(file.path) as packed:
+            if sum(entry.file_size for entry in packed.infolist()) > most_unpacked(file.path):
+                raise bomb(file.path)
         book = openpyxl.load_workbook(file.path, read_only=True, data_only=True)
         try:
             yield from _read_sheet(file, book)

@@ -1,0 +1,141 @@
+"""A save and a reload before the first step, so that a run whose results could not be loaded ends before it began.
+
+An adapter begins as no change at all, and a file without it would answer like it. So what is trained is moved by noise
+for the rehearsal, and put back to the bit afterwards.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.train import Train
+from graft.console import note
+from graft.errors import InputError
+from graft.model.device import Precision, free_bytes
+from graft.model.load import load_adapter, load_base, to_device
+from graft.model.ranks import ALONE, Ranks
+from graft.model.save import find_fault, forgotten, save_model, saved_weights
+from graft.model.shard import local
+from graft.model.trees import TreeLM
+from graft.train.save import Writer
+from graft.types import Row
+
+NOISE = 0.1
+"""Of a tensor's own spread; a tensor of zeros gets a tenth of this."""
+PART_OF_EFFECT = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.3}
+"""The reloaded model may be this far from the live one, as a share of what the noise changed. Rounding alone is below
+a thousandth in fp32, and some per cent where products are in 16 bits."""
+ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+"""The same, as a share of the largest logit, where the noise changed nothing that the rehearsal's tokens meet."""
+
+
+def rehearse_save(
+    writer: Writer,
+    lm: TreeLM,
+    trained: Mapping[str, nn.Parameter],
+    settings: Train,
+    precision: Precision,
+    row: Row,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Save the model with noise on what is trained, load it by transformers and PEFT, and compare the row's logits.
+
+    Changes nothing of the run. Where memory has no room for a second model, that is said and only the names of what is
+    saved are looked at.
+
+    Raises:
+        InputError: a trained tensor is not saved, or what was loaded answers otherwise than the live model.
+    """
+    left_out = forgotten(lm.model, trained)
+    if left_out:
+        raise InputError(
+            f"{len(left_out)} of {len(trained)} trained tensors would not be saved, for example {left_out[0]}; leave "
+            "them out of what is trained (lora.target_modules, lora.modules_to_save)"
+        )
+    needed = sum(p.nbytes for p in lm.model.parameters()) + 2 * sum(p.nbytes for p in trained.values())
+    free = free_bytes(lm.device)
+    if ranks.from_first("room for a rehearsal", lambda: str(needed > free)) == "True":
+        note(
+            f"no rehearsal of a reload: a second model takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free "
+            f"on {lm.device}. Each save is still compared with memory bit by bit"
+        )
+        return
+    aside = writer.run.root / ".rehearsal.tmp"
+    training = lm.model.training
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    lm.model.eval()
+    try:
+        with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []), torch.no_grad():
+            torch.manual_seed(settings.seed)
+            plain = _logits(lm, row, precision)
+            _add_noise(trained)
+            live = _logits(lm, row, precision)
+            weights = saved_weights(lm.model)
+
+            def try_it() -> str:
+                save_model(lm.model, writer.renderer, aside, start=writer.start, weights=weights)
+                fault = find_fault(aside, lm.model, start=writer.start, weights=weights)
+                if fault is not None:
+                    raise InputError(f"{aside}: a rehearsal of saving failed: {fault}")
+                loaded = _logits(_reload(aside, lm, settings, precision), row, precision)
+                _compare(plain, live, loaded, precision.compute)
+                return ""
+
+            ranks.from_first("a rehearsal of saving", try_it)
+    except OSError as error:
+        raise InputError(
+            f"{aside}: a rehearsal of saving failed ({error.strerror or error}); free some space, or choose out=DIR"
+        ) from None
+    finally:
+        with torch.no_grad():
+            for name, value in before.items():
+                trained[name].copy_(value)
+        lm.model.train(training)
+        if ranks.first:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _compare(plain: Tensor, live: Tensor, loaded: Tensor, compute: torch.dtype) -> None:
+    effect, error = (float((live - other).abs().max()) for other in (plain, loaded))
+    allowed = max(PART_OF_EFFECT[compute] * effect, ROUNDING[compute] * float(live.abs().max()))
+    if effect > ROUNDING[compute] * float(live.abs().max()):
+        allowed = min(allowed, 0.5 * effect)  # as if nothing had been loaded would be 1.0
+    if not error <= allowed:
+        raise InputError(
+            f"a rehearsal of saving failed: loaded by transformers and PEFT the model's logits are {error:.2g} from "
+            f"the live ones, where {allowed:.2g} is rounding and all that is trained changed them by {effect:.2g}. "
+            "The run would end in a folder that does not serve; please report the model's name and the settings"
+        )
+
+
+def _add_noise(trained: Mapping[str, nn.Parameter]) -> None:
+    for parameter in trained.values():
+        mine = local(parameter)  # each process moves its own part
+        if mine.numel():
+            spread = float(mine.float().std(unbiased=False)) or 0.1
+            mine.add_(torch.randn_like(mine) * (NOISE * spread))
+
+
+def _reload(folder: Path, lm: TreeLM, settings: Train, precision: Precision) -> TreeLM:
+    """The saved folder as others load it: no module of graft's own in it."""
+    trust = settings.trust_remote_code
+    if settings.trains_own_weights:
+        model = load_base(str(folder), precision.trained, trust, lm.device)
+    else:
+        base = load_base(settings.model, precision.frozen, trust, lm.device, quantize=settings.quantize)
+        model = load_adapter(base, folder, trainable=False)  # type: ignore[assignment]
+    to_device(model, lm.device)
+    model.eval()
+    return TreeLM(model, trees=lm.on_trees, fuse=False)
+
+
+def _logits(lm: TreeLM, row: Row, precision: Precision) -> Tensor:
+    """[M, V]"""
+    with precision.autocast(lm.device):
+        logits: Tensor = lm.enter(lambda: lm.logits(lm.place(row)))
+        return logits.float()

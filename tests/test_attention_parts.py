@@ -1,0 +1,111 @@
+"""Attention in parts, put together by log-sum-exps, against the dense mask: output and every gradient."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_attention import CPU, assert_same, outputs, random_row
+from tiny import make_example
+
+from graft.model import attention
+from graft.model.attention import Shape, TreeRow, dense_attention, segment_attention
+from graft.model.attention_parts import BLOCK, Parts, block_size
+from graft.tokens.tree import build_rows, segments, visible
+from graft.types import Row
+
+
+def long_branches() -> Row:
+    """A stem of three blocks, two branches that fork again, a leaf of one node, and a second tree of two blocks."""
+    rng = np.random.default_rng(0)
+    stem, left, right = (rng.integers(0, 50, size) for size in (3 * BLOCK + 5, 2 * BLOCK, 40))
+    tails = [np.concatenate(parts) for parts in (
+        (stem, left, [51], rng.integers(0, 50, 90)),
+        (stem, left, [52]),
+        (stem, right, [53], rng.integers(0, 50, 3)),
+        (stem, right, [54], rng.integers(0, 50, BLOCK + 1)),
+        ([60], rng.integers(0, 50, 2 * BLOCK)),
+    )]  # fmt: skip
+    (row,) = build_rows([make_example(str(n), ids, 1) for n, ids in enumerate(tails)], 4096)
+    return row
+
+
+@pytest.fixture
+def no_other_way(monkeypatch):
+    """Runs one by one are an error."""
+
+    def refuse(*_):
+        raise AssertionError("not computed in parts")
+
+    monkeypatch.setattr(attention, "_attention_by_run", refuse)
+
+
+@pytest.mark.parametrize("shape", [Shape(), Shape(scaling=0.3), Shape(window=4096), Shape(chunk=4096)])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3)])
+def test_parts_equal_the_dense_mask(shape, heads, no_other_way):
+    row = long_branches()
+    assert len(Parts.of(segments(row)).below) == 3, "forks below forks"
+    assert_same(
+        outputs(segment_attention, row, shape, heads=heads), outputs(dense_attention, row, shape, heads=heads), 2e-6
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6))
+def test_parts_of_any_forest_equal_the_dense_mask(seed):
+    row = random_row(seed)
+    assert_same(outputs(segment_attention, row, Shape()), outputs(dense_attention, row, Shape()), 2e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6))
+def test_parts_and_causal_runs_are_what_is_seen_and_nothing_twice(seed):
+    row = random_row(seed)
+    parts = Parts.of(segments(row))
+    seen = np.zeros((len(row), len(row)), int)
+    for start, end in parts.runs:
+        seen[start:end, start:end] += np.tri(end - start, dtype=int)
+    for start, end, to in parts.below:
+        seen[end:to, start:end] += 1
+    assert np.array_equal(seen, visible(row).astype(int))
+
+
+@pytest.mark.parametrize("run", [1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 215, 1000])
+def test_a_run_is_cut_into_blocks_of_about_one_size(run):
+    size = block_size(run)
+    assert 0 < size <= 1.5 * BLOCK
+    assert run <= size or size >= BLOCK / 1.5
+
+
+def test_large_scores_of_either_part_leave_the_other_out(no_other_way):
+    """Log-sum-exps thousands apart: neither infinity nor nan, and gradients to the rounding of such scores."""
+    shape = Shape(scaling=300.0)
+    found, wanted = (outputs(by, long_branches(), shape) for by in (segment_attention, dense_attention))
+    assert all(bool(tensor.isfinite().all()) for tensor in found)
+    assert_same(found, wanted, 1e-4)
+
+
+def test_short_runs_in_16_bits_are_computed_in_fp32(no_other_way):
+    row = long_branches()
+    found = outputs(segment_attention, row, Shape(), torch.bfloat16)
+    assert found[0].dtype == torch.bfloat16
+    assert_same(found, outputs(dense_attention, row, Shape()), 2e-2)
+
+
+@pytest.mark.parametrize(
+    "shape", [Shape(window=50), Shape(chunk=50), Shape(softcap=2.0), Shape(slopes=torch.ones(4)), Shape(dropout=0.1)]
+)
+def test_what_the_kernel_cannot_do_goes_another_way(shape, no_other_way):
+    tree = TreeRow.of(long_branches(), CPU)
+    q, k = torch.randn(1, 4, len(tree.row), 8), torch.randn(1, 2, len(tree.row), 8)
+    with pytest.raises(AssertionError, match="not computed in parts"):
+        segment_attention(q, k, k, tree, shape)
+
+
+def test_the_mask_is_made_once_for_all_layers():
+    tree = TreeRow.of(long_branches(), CPU)
+    q, k = torch.randn(1, 4, len(tree.row), 8), torch.randn(1, 2, len(tree.row), 8)
+    for _ in range(2):
+        segment_attention(q, k, k, tree, Shape())
+    assert len(tree.prepared) == 1
+    assert not tree.scores
