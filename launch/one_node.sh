@@ -14,9 +14,7 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 # Threads of each process on the CPU; torchrun sets 1.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > gpus ? $(nproc) / gpus : 1))}
 
-# A folder in which a run has begun is continued, so the same line serves again after any end.
-if [ -e "$out/config.yaml" ]; then set -- "$@" resume=true; fi
-
+# resume=auto: a run that has begun in OUT is continued, so the same line serves again after any end.
 # --max-restarts: processes that fail are started anew, and go on from the newest checkpoint in OUT.
 exec torchrun --standalone --nproc-per-node "$gpus" --max-restarts "${RESTARTS:-3}" \
-  -m graft train "$recipe" "out=$out" "$@"
+  -m graft train "$recipe" "out=$out" resume=auto "$@"

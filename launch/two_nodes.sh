@@ -16,10 +16,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > gpus ? $(nproc) / gpus :
 # Where a host has several networks, name the one that reaches the others, for weights (nccl) and numbers (gloo):
 # export NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0
 
-if [ -e "$out/config.yaml" ]; then set -- "$@" resume=true; fi
-
+# resume=auto: a run that has begun in OUT is continued, so the same line serves again after any end.
 # Each host says its own address to the others; --local-addr is for hosts whose names the others cannot resolve.
 exec torchrun --nnodes "${NODES:-2}" --nproc-per-node "$gpus" --max-restarts "${RESTARTS:-3}" \
   --rdzv-backend c10d --rdzv-endpoint "$first:29500" --rdzv-id "${RUN_ID:-graft}" \
   ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} \
-  -m graft train "$recipe" "out=$out" "$@"
+  -m graft train "$recipe" "out=$out" resume=auto "$@"
