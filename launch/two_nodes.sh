@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Several hosts, started by hand: the same line on each of them, within ten minutes of each other.
+# Several hosts, started by hand: the same line on each of them, on FIRST first, on the others within ten minutes.
 # Usage: NODES=2 FIRST=HOSTNAME launch/two_nodes.sh RECIPE OUT [setting=value ...]
 #
 # RECIPE, the model, the data and OUT must have the same names on every host, and OUT must be on a disk that all see.
