@@ -56,17 +56,11 @@ def shard(
 ) -> Enter[Any]:
     """Spread a model over a mesh, in place; returns what must surround whatever computes with its weights.
 
-    Weights that are no plain floating-point tensors (quantised ones) stay whole in every process, and so do frozen ones
-    where each process has a copy of its own: FSDP2 would copy them anew for every use. `compute` is the
+    Weights that are no plain floating-point tensors (quantised ones) stay whole in every process. `compute` is the
     format in which trained weights travel and compute, None as they are kept; gradients always travel in fp32.
     `offload` keeps the parts in the host's memory between uses.
     """
     whole = {parameter for parameter in model.parameters() if not _divisible(parameter)}
-    if mesh.size(mesh.ndim - 1) == 1 and not offload:
-        frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad} - whole
-        for parameter in frozen:  # FSDP2 moves only what it keeps
-            parameter.data = parameter.data.to(mesh.device_type)
-        whole |= frozen
     how: dict[str, Any] = {
         "mesh": mesh,
         "ignored_params": whole,
