@@ -3,6 +3,7 @@
     python bench/train.py                 # LoRA, every case, 30 steps each, about half an hour on two cores
     python bench/train.py --case plain --steps 30 --out bench/results/train.json
     python bench/train.py --case plain --method full --precision bf16
+    python bench/train.py --case reasoning8 --steps 12 --out bench/results/train_reasoning8.json
 
 The two trainers alternate step by step inside one process, so that a machine that slows down slows both; the ratio of
 their medians is what counts. What is given to the peer:
@@ -13,8 +14,14 @@ their medians is what counts. What is given to the peer:
   order of them can (its `train_sampling_strategy: group_by_length` comes near that);
 - gradient checkpointing off, fused AdamW, the same precision, the same LoRA (r 16, all linear layers) or all weights.
 
-tokens/s counts the data's tokens (each conversation's own length, prompt and answer, no padding, whether shared or
-not) over the time of a whole optimizer step, for both alike.
+tokens/s counts the data's tokens (each example's own length, prompt and answer, no padding, whether shared or not) over
+the time of a whole optimizer step, for both alike. An example is a conversation up to one of its answers: where the
+template strips the thinking of earlier turns, a sequence shows no more than one answer as the model will give it, so
+the peer gets one sample per turn.
+
+`of_product_peak` is the share of the machine's limit that graft's step reaches: floating-point operations of its matrix
+products and attention, counted as they are executed (model/count.py; one step is counted, the others by their nodes),
+over the step's time, over the best rate of torch.mm for the shapes of the model's layers, measured in the same run.
 """
 
 from __future__ import annotations
@@ -22,6 +29,7 @@ from __future__ import annotations
 import argparse
 import csv
 import ctypes
+import itertools
 import json
 import os
 import platform
@@ -47,6 +55,7 @@ from trl import SFTConfig, SFTTrainer
 
 from graft.config.train import load_train
 from graft.model.adapters import add_lora, trainable
+from graft.model.count import Counter
 from graft.model.device import keep_freed_memory, pick_precision
 from graft.model.load import load_base
 from graft.model.trees import TreeLM
@@ -66,7 +75,14 @@ CASES = {
     "plain": "the 1,666 rows of domain-bloom as they are (about 225 tokens each)",
     "system400": "the same rows, one 400-token system prompt before each",
     "labels-system400": "2,000 queries of banking77, short answers; a 400-token system prompt names the 77 intents",
+    "reasoning8": "1,600 problems of gsm8k, 8 turns to a conversation, with thinking that Qwen3's template strips",
 }
+TURNS = 8
+"""Turns of a conversation of `reasoning8`."""
+PEAK_ROWS = 2048
+"""Rows of the products that the peak is measured with."""
+PEER_WAYS = ((16, "nll"), (4, "nll"), (4, "chunked_nll"))
+"""Sequences of a micro-batch and loss types that are tried for the peer."""
 RULES = (
     "你是一位耐心的家庭教育顾问。回答之前先想一想孩子的年龄、家庭的情况和父母真正担心的事情。"
     "先用一句话说出父母的感受,再给出两到三个今天就能做的办法,每个办法都要说清楚怎么做、为什么这样做。"
@@ -87,9 +103,11 @@ class Timed:
         return {"median": statistics.median(rates), "min": min(rates), "max": max(rates), "steps": len(rates)}
 
 
-def make_model_folder(folder: Path) -> None:
-    """About 41 M parameters, Qwen2-shaped, random, with a real bilingual tokenizer and its chat template."""
+def make_model_folder(folder: Path, template: str | None = None) -> None:
+    """About 41 M parameters, Qwen2-shaped, random, with a real bilingual tokenizer and its or another's template."""
     tokenizer = AutoTokenizer.from_pretrained(MATERIAL / "tokenizers" / "minimind-v3")
+    if template is not None:
+        tokenizer.chat_template = AutoTokenizer.from_pretrained(MATERIAL / "tokenizers" / template).chat_template
     tokenizer.save_pretrained(folder)
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8,
@@ -103,6 +121,13 @@ def make_model_folder(folder: Path) -> None:
 def make_data(case: str, folder: Path, tokenizer: Any) -> Path:
     """Real rows as chat messages; see CASES."""
     data = MATERIAL / "data"
+    path = folder / f"{case}.jsonl"
+    if case == "reasoning8":
+        problems = (data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+        turns = [_thought_through(json.loads(line)) for line in random.Random(0).sample(problems, 1600)]
+        talks = [list(itertools.chain(*turns[start : start + TURNS])) for start in range(0, len(turns), TURNS)]
+        path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in talks), encoding="utf-8")
+        return path
     if case == "labels-system400":
         with (data / "banking77" / "train.csv").open(encoding="utf-8") as file:
             labelled = list(csv.DictReader(file))
@@ -114,13 +139,19 @@ def make_data(case: str, folder: Path, tokenizer: Any) -> Path:
         pairs = [(row["instruction"], row["output"]) for row in map(json.loads, lines)]
         rules = RULES * 9
     system = tokenizer.decode(tokenizer(rules)["input_ids"][:400])
-    path = folder / f"{case}.jsonl"
     with path.open("w", encoding="utf-8") as out:
         for question, answer in pairs:
             first = [{"role": "system", "content": system}] if "system400" in case else []
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             out.write(json.dumps({"messages": first + turns}, ensure_ascii=False) + "\n")
     return path
+
+
+def _thought_through(row: dict[str, str]) -> list[dict[str, str]]:
+    """A problem, and its solution as thinking before the answer."""
+    thinking, answer = row["answer"].split("####")
+    content = f"<think>\n{thinking.strip()}\n</think>\n\nThe answer is {answer.strip()}."
+    return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": content}]
 
 
 def trained_model(settings: Any, frozen: torch.dtype) -> PreTrainedModel | PeftModel:
@@ -148,6 +179,7 @@ class GraftSide:
         self.optimizer = make_optimizer(self.parameters, set(), settings)
         self.stepper = Stepper(self.lm, self.parameters, self.optimizer, precision, settings.clip, settings.seed)
         self.timed, self.sharing, self.losses = Timed(), [], []
+        self.nodes: list[int] = []
         model.train()
 
     def step(self, number: int, total: int) -> None:
@@ -172,10 +204,38 @@ class GraftSide:
         self.timed.tokens.append(sum(len(example.ids) for example in examples))
         self.losses.append(nll / weight)
         self.sharing.append(sharing(examples, rows).ratio)
+        self.nodes.append(sum(map(len, rows)))
+
+    def work_per_node(self) -> float:
+        """Floating-point operations of products and attention for each node of the first step, which is not taken."""
+        rows = self.lm.rows(self.prepared.train.examples(self.prepared.plan.step(0)), self.settings.row_budget)
+        with Counter() as counter:
+            for index, row in enumerate(rows):
+                self.stepper.accumulate(row, (0, index), 1.0)
+        self.stepper.discard()
+        return sum(work.products for work in counter.counted.work.values()) / sum(map(len, rows))
+
+    def share_of_peak(self, per_node: float, peak: float, skip: int) -> float:
+        """Median over the steps of their operations per second over the peak."""
+        steps = zip(self.nodes[skip:], self.timed.seconds[skip:], strict=True)
+        return statistics.median(per_node * nodes / seconds for nodes, seconds in steps) / peak
 
     def validation_loss(self) -> float:
         examples = self.prepared.val.examples(range(len(self.prepared.val)))
         return validate(self.lm, examples, self.settings.row_budget, self.precision).loss
+
+
+def product_peak(model: torch.nn.Module, rows: int, tries: int = 5) -> float:
+    """Floating-point operations per second of torch.mm at best, over the shapes of the model's linear layers."""
+    shapes = {tuple(layer.weight.shape) for layer in model.modules() if type(layer) is torch.nn.Linear}
+    best = 0.0
+    for out, features in shapes:
+        x, weight = torch.randn(rows, features), torch.randn(features, out)
+        for _ in range(tries):
+            started = time.perf_counter()
+            torch.mm(x, weight)
+            best = max(best, 2.0 * rows * features * out / (time.perf_counter() - started))
+    return best
 
 
 class Alternate(TrainerCallback):
@@ -196,16 +256,21 @@ class Alternate(TrainerCallback):
 def peer_rows(
     conversations: dict[str, Any], prepared: Prepared, steps: int, by_length: bool
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """The plan's conversations step by step, each step's in order or by length; and each step's tokens."""
+    """The plan's examples step by step, one for each answer, in order or by length; and each step's tokens."""
     rows, tokens = [], []
     for number in range(steps):
-        chosen = [(prepared.train.examples_of(int(c))[0], int(c)) for c in prepared.plan.step(number)]
-        if by_length:
-            chosen.sort(key=lambda pair: len(pair[0].ids))
-        tokens.append(sum(len(example.ids) for example, _ in chosen))
-        for _, c in chosen:
+        chosen = []
+        for c in map(int, prepared.plan.step(number)):
             messages = conversations[prepared.train.conversations[c]]["messages"]
-            rows.append({"prompt": messages[:-1], "completion": messages[-1:]})
+            answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+            chosen += [
+                (len(example.ids), messages[:place], messages[place : place + 1])
+                for example, place in zip(prepared.train.examples_of(c), answers, strict=True)
+            ]
+        if by_length:
+            chosen.sort(key=lambda sample: sample[0])
+        tokens.append(sum(length for length, _, _ in chosen))
+        rows += [{"prompt": prompt, "completion": completion} for _, prompt, completion in chosen]
     return rows, tokens
 
 
@@ -224,7 +289,7 @@ def run_peer(
     model = trained_model(settings, pick_precision(settings.precision, torch.device("cpu")).frozen)
     if start is not None:
         set_peft_model_state_dict(model, start)
-    per_step = settings.batch_size
+    per_step = len(rows) // len(tokens)
     config = SFTConfig(
         output_dir=out, use_cpu=True, bf16=settings.precision == "bf16", fp16=False,
         gradient_checkpointing=checkpointing,
@@ -248,14 +313,16 @@ def run_peer(
 def calibrate(rows: Any, tokens: Any, settings: Any) -> dict[str, float]:
     """Median seconds of the peer's step for each way it can be run, over a few steps each."""
     found = {}
-    few = 3
-    for micro, loss_type in ((16, "nll"), (4, "nll"), (4, "chunked_nll")):
+    few, per_step = 3, len(rows) // len(tokens)
+    # Samples of one conversation differ in length by its turns: fewer of them side by side hold less padding.
+    ways = PEER_WAYS if per_step == settings.batch_size else (*PEER_WAYS, (2, "chunked_nll"))
+    for micro, loss_type in ways:
         with tempfile.TemporaryDirectory() as out:
             _, timed = run_peer(
-                None, rows[: few * settings.batch_size], tokens[:few], settings, micro, loss_type,
+                None, rows[: few * per_step], tokens[:few], settings, micro, loss_type,
                 lambda _step: None, out,
             )  # fmt: skip
-        found[f"{micro} x {settings.batch_size // micro}, {loss_type}"] = statistics.median(timed.seconds[1:])
+        found[f"{micro} x {per_step // micro}, {loss_type}"] = statistics.median(timed.seconds[1:])
     return found
 
 
@@ -263,24 +330,26 @@ def compare(
     case: str, steps: int, threads: int, peer: str | None, by_length: bool, method: str, precision: str
 ) -> dict[str, Any]:
     torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory() as work:
-        folder = Path(work) / "model"
-        make_model_folder(folder)
-        data = make_data(case, Path(work), AutoTokenizer.from_pretrained(folder))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        turns = TURNS if case == "reasoning8" else 1
+        make_model_folder(folder, "qwen3" if turns > 1 else None)
+        data = make_data(case, Path(scratch), AutoTokenizer.from_pretrained(folder))
         settings = load_train(
             None,
             [
                 f"model={folder}",
                 f"data={data}",
-                "encode.max_length=1024",
+                f"encode.max_length={1024 if turns == 1 else 4096}",
                 "row_tokens=8192",
+                f"batch_size={16 // turns}",
                 f"max_steps={steps}",
                 "warmup=0",
                 f"method={method}",
                 f"precision={precision}",
             ],
         )
-        prepared = prepare(settings, RunFolder(Path(work)))
+        prepared = prepare(settings, RunFolder(Path(scratch)))
         conversations = {f"{case}:{n}": json.loads(line) for n, line in enumerate(data.read_text().splitlines(), 1)}
         # Steps of exactly batch_size, so that the peer's accumulation divides them.
         prepared = fixed_steps(prepared, settings.batch_size, steps)
@@ -289,11 +358,14 @@ def compare(
         best = peer or min(calibration, key=lambda name: calibration[name])
         micro, loss_type = int(best.split(" ")[0]), best.rsplit(" ", 1)[1]
         graft = GraftSide(settings, prepared)
+        work = graft.work_per_node()
+        peak = product_peak(graft.lm.base, PEAK_ROWS)
         before = graft.validation_loss()
         peer_model, timed = run_peer(
             graft.start, rows, tokens, settings, micro, loss_type,
-            lambda step: graft.step(step, steps), str(Path(work) / "peer"),
+            lambda step: graft.step(step, steps), str(Path(scratch) / "peer"),
         )  # fmt: skip
+        peak = max(peak, product_peak(graft.lm.base, PEAK_ROWS))
         after = graft.validation_loss()
         peer_lm = TreeLM(peer_model)
         val = prepared.val.examples(range(len(prepared.val)))
@@ -305,7 +377,9 @@ def compare(
             "trl_rows": "sorted by length within each step" if by_length else "as drawn",
             "parameters": sum(p.numel() for p in graft.lm.base.parameters()),
             "graft_tokens_per_s": ours, "trl_tokens_per_s": theirs, "ratio": ours["median"] / theirs["median"],
-            "sharing": statistics.mean(graft.sharing), "trl_setting": best, "calibration_s_per_step": calibration,
+            "of_product_peak": graft.share_of_peak(work, peak, 2), "product_peak_gflop_per_s": peak / 1e9,
+            "gflop_per_node": work / 1e9, "sharing": statistics.mean(graft.sharing),
+            "trl_setting": best, "calibration_s_per_step": calibration,
             "validation_loss_before": before, "graft_validation_loss": after, "trl_validation_loss": peer_after,
             "validation_difference": abs(after - peer_after) / peer_after,
         }  # fmt: skip
@@ -349,7 +423,8 @@ def main() -> None:
             f"{case['case']}: graft {case['graft_tokens_per_s']['median']:.0f} tokens/s, TRL "
             f"{case['trl_tokens_per_s']['median']:.0f} ({case['trl_setting']}): {case['ratio']:.2f}x; validation loss "
             f"{case['graft_validation_loss']:.4f} against {case['trl_validation_loss']:.4f} "
-            f"({case['validation_difference']:.2%} apart)"
+            f"({case['validation_difference']:.2%} apart); {case['of_product_peak']:.0%} of the peak of "
+            f"{case['product_peak_gflop_per_s']:.0f} GF/s"
         )
 
 

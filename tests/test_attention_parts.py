@@ -1,17 +1,24 @@
 """Attention in parts, put together by log-sum-exps, against the dense mask: output and every gradient."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from test_attention import CPU, assert_same, outputs, random_row
 from tiny import make_example
+from transformers import AutoModelForCausalLM, Qwen2Config
 
-from graft.model import attention
+from graft.model import attention, product
+from graft.model import lora as lora_layers
 from graft.model.attention import Shape, TreeRow, dense_attention, segment_attention
 from graft.model.attention_parts import BLOCK, Parts, block_size
+from graft.model.trees import TreeLM
 from graft.tokens.tree import build_rows, segments, visible
+from graft.train.loss import row_loss
 from graft.types import Row
 
 
@@ -109,3 +116,44 @@ def test_the_mask_is_made_once_for_all_layers():
         segment_attention(q, k, k, tree, Shape())
     assert len(tree.prepared) == 1
     assert not tree.scores
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_model_large_enough_for_every_fast_way_gives_the_gradient_of_examples_one_by_one(lora, monkeypatch):
+    """Blocks, parts, trained and LoRA layers as one operation, oneDNN where torch has it: against none of them."""
+    monkeypatch.setattr(product, "on_amd", torch.backends.mkldnn.is_available)
+    monkeypatch.setattr(lora_layers, "on_amd", torch.backends.mkldnn.is_available)
+    config = Qwen2Config(
+        vocab_size=500, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    plain = copy.deepcopy(model)
+    rng = np.random.default_rng(0)
+    stem, middle = rng.integers(0, 500, 180), rng.integers(0, 500, 100)
+    examples = [
+        make_example(str(n), np.concatenate([stem, middle[: 100 * (n % 2)], rng.integers(0, 500, 20 + 40 * n)]), 150)
+        for n in range(5)
+    ]
+    losses = []
+    for lm, rows in (
+        (TreeLM(model), build_rows(examples, 4096)),
+        (TreeLM(plain, fuse=False, trees=False), build_rows(examples, 4096, share=False)),
+    ):
+        losses.append(0.0)
+        for row in rows:
+            loss = row_loss(lm, lm.place(row)).loss
+            loss.backward()
+            losses[-1] += float(loss.detach())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    wanted = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        assert float((gradient - wanted[name]).norm() / wanted[name].norm()) < 1e-5, name

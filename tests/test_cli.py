@@ -189,6 +189,29 @@ def test_ctrl_c_saves_and_exits_5_and_the_run_goes_on(base, tmp_path):
     assert list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+def test_runs_are_begun_continued_and_known_to_be_finished_by_one_command(base, tmp_path, graft, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = write_rows(tmp_path / "data.jsonl", make_conversations())
+    code, _, err = graft("train", "--resume", "auto")
+    assert (code, "runs: no run there to resume" in err) == (2, True), err
+    words = ["train", "--model", base, "--data", data, "--out", "runs/one", "max_steps=2", "encode.max_length=128"]
+    code, _, err = graft(*words, "--resume", "auto")
+    assert code == 0, err
+    assert "finds no run yet" in err
+    for again in ([*words, "--resume", "auto"], ["train", "--resume", "auto"], ["train", "--resume", "runs/one"]):
+        code, _, err = graft(*again)
+        assert (code, "runs/one is finished already" in err) == (0, True), err
+    assert graft("train", "--resume", "runs/one/checkpoints/step-1")[0] == 0
+    assert (tmp_path / "runs/one/checkpoints/after-step-1/step-2").is_dir()
+    code, _, err = graft(*words, "--resume", "auto", "lr=1", "batch_size=3")
+    assert code == 2
+    assert "batch_size was 16, is 3; lr was 0.0002, is 1.0" in err
+    code, _, err = graft("train", "--resume", "runs/one", "--init-from", "runs/one")
+    assert (code, "give one of them" in err) == (2, True), err
+    code, _, err = graft(*words[:5], "--out", "runs/two", *words[7:], "--init-from", "runs/one")
+    assert code == 0, err
+
+
 def test_output_to_a_closed_pipe_is_no_traceback():
     command = f"{sys.executable} -m graft schema | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, env=os.environ)

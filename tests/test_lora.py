@@ -11,8 +11,9 @@ from peft.tuners.lora.layer import Linear
 from tiny import ON_TREES, make_model
 from torch import nn
 
+from graft.model import lora, product
 from graft.model.adapters import add_lora
-from graft.model.lora import FusedLinear, fuse_lora
+from graft.model.lora import FusedLinear, fuse_lora, fuse_trained_linears
 
 
 def _pair(dropout: float = 0.0, dtype: torch.dtype = torch.float32, family: str = "qwen2", **more):
@@ -113,3 +114,26 @@ def test_training_uses_it():
     model = add_lora(make_model(ON_TREES["llama"]), Lora(), seed=0)
     TreeLM(model)
     assert any(isinstance(module, FusedLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_trained_linear_layers_give_their_own_numbers(autocast, monkeypatch):
+    monkeypatch.setattr(lora, "on_amd", lambda: True)
+    monkeypatch.setattr(product, "FEWEST_ROWS", 8)  # the tiny model's products go the way of large ones
+    monkeypatch.setattr(product, "on_amd", torch.backends.mkldnn.is_available)
+    own = make_model(ON_TREES["qwen2"])
+    assert any(name.endswith("q_proj.bias") for name, _ in own.named_parameters())
+    ours = copy.deepcopy(own)
+    assert fuse_trained_linears(ours) == sum(type(m) is nn.Linear for m in own.modules()) > 0
+    assert fuse_trained_linears(ours) == 0, "twice is once"
+    (wanted, wanted_gradients), (found, gradients) = _run(own, autocast), _run(ours, autocast)
+    within = 5e-2 if autocast else 1e-5
+    assert (found - wanted).norm() <= within * wanted.norm()
+    assert gradients.keys() == wanted_gradients.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - wanted_gradients[name]).norm() <= within * wanted_gradients[name].norm(), name
+
+
+def test_frozen_layers_keep_their_forward(monkeypatch):
+    monkeypatch.setattr(lora, "on_amd", lambda: True)
+    assert fuse_trained_linears(make_model(ON_TREES["qwen2"]).requires_grad_(False)) == 0

@@ -23,6 +23,7 @@ def problem(predictors: int = 23, vocabulary: int = 50, bias: bool = False):
 @pytest.mark.parametrize("smallest_mapping", [1, 2**22])
 def test_chunks_equal_full_logits(monkeypatch, shape, bias, chunk, smallest_mapping):
     monkeypatch.setattr(device_module, "SMALLEST_MAPPING", smallest_mapping)
+    monkeypatch.setattr(loss_module, "LARGE_LOGITS", smallest_mapping)
     head, hidden, labels, weights = problem(bias=bias)
     wanted = logits_nll(shape_logits(head(hidden), shape), labels, weights)
     (wanted.nll * 1.7).backward()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import ON_TREES, branching_examples, make_conversations, make_model, make_model_folder, write_rows
+from tiny_runs import alone
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from typer.testing import CliRunner
 
@@ -36,8 +37,9 @@ from graft.train.cost import count_row, count_update
 from graft.train.forecast import Forecaster
 from graft.train.hollow import NotCountable, hollow
 from graft.train.load import load_for_training
-from graft.train.loop import Fit, open_run, train
+from graft.train.loop import Fit, train
 from graft.train.loss import row_loss
+from graft.train.open_run import open_run
 from graft.train.optim import make_optimizer
 from graft.train.prepare import prepare
 from graft.train.rows import look_at_rows
@@ -317,7 +319,7 @@ def test_a_rehearsal_changes_no_number(base, tmp_path, monkeypatch):
 
 def test_a_rehearsal_leaves_no_trace_and_can_be_stopped(base, tmp_path, monkeypatch):
     settings, run = open_run(run_settings(base, tmp_path, "optimizer=adamw"))
-    fit = Fit(settings, run, prepare(settings, run))
+    fit = Fit(settings, run, prepare(settings, run), alone(settings, run))
     rows = []
     own = Stepper.accumulate
     monkeypatch.setattr(Stepper, "accumulate", lambda self, row, *args: (rows.append(row), own(self, row, *args))[1])
@@ -338,7 +340,7 @@ def test_a_rehearsal_leaves_no_trace_and_can_be_stopped(base, tmp_path, monkeypa
 
 def test_updates_within_the_backward_pass_are_not_rehearsed(base, tmp_path, monkeypatch):
     settings, run = open_run(run_settings(base, tmp_path, "method=full", "optimizer_in_backward=true", "clip=null"))
-    fit = Fit(settings, run, prepare(settings, run))
+    fit = Fit(settings, run, prepare(settings, run), alone(settings, run))
     monkeypatch.setattr(Stepper, "accumulate", lambda *_: pytest.fail("weights would have changed"))
     fit.rehearse(threading.Event())
 

@@ -286,3 +286,30 @@ def test_the_command_line_starts_them_and_passes_their_exit_code_on(base, tmp_pa
     assert again.returncode == 2
     assert again.stderr.count("holds a run already") == 1
     assert "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "within"),
+    [("precision=bf16", 1e-2), ("precision=fp16", 1e-2), ("quantize=nf4", 1e-5), ("quantize=int8", 1e-2)],
+)
+def test_other_formats_are_one_run_too(base, tmp_path, setting, within):
+    alone = train(settings_for(base, tmp_path, "alone", setting))
+    two = run_on(2, settings_for(base, tmp_path, "two", setting))
+    np.testing.assert_allclose(numbers(two), numbers(alone), rtol=within)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "{type: LORA, r: 4, target_modules: all-linear, use_dora: true}",
+        "{type: LORA, r: 4, target_modules: all-linear, init_lora_weights: pissa}",
+        "{type: IA3}",
+        "{type: VERA, r: 8, target_modules: [q_proj, o_proj]}",
+        "{type: OFT, oft_block_size: 8, target_modules: all-linear}",
+        "{type: LOHA, r: 4, target_modules: [q_proj, v_proj]}",
+    ],
+)
+def test_other_adapters_are_one_run_too(base, tmp_path, kind):
+    changes = ["method=peft", f"peft={kind}"]
+    alone = train(settings_for(base, tmp_path, "alone", *changes))
+    assert_same_course(alone, run_on(2, settings_for(base, tmp_path, "two", *changes)))

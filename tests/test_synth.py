@@ -734,7 +734,14 @@ def test_the_key_is_sent_and_written_nowhere(seeds, tmp_path):
         return Fault(patch={"content": f"Your key {key} is noted, thank you very much."}) if number % 4 == 0 else None
 
     with OpenAIServer(fault) as server:
-        settings = recipe(server, seeds, endpoint={"api_key_env": "MY_KEY", "extra_body": {"user": key}})
+        quoted = recipe(server, seeds, endpoint={"api_key_env": "MY_KEY", "extra_body": {"user": key}})
+        process = start(as_file(quoted, tmp_path / "quoted.yaml"), tmp_path / "quoted", MY_KEY=key)
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert "`endpoint.extra_body.user` holds a password or a key" in errors
+        assert key not in errors + output
+        assert not (tmp_path / "quoted").exists()
+        settings = recipe(server, seeds, endpoint={"api_key_env": "MY_KEY"})
         process = start(as_file(settings, tmp_path / "r.yaml"), tmp_path / "out", MY_KEY=key)
         output, errors = process.communicate(timeout=60)
         assert process.returncode == 2, errors

@@ -17,6 +17,7 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import make_conversations, make_model_folder, write_rows
+from tiny_runs import assert_same_run, final_weights, losses, settings_for
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel, BloomConfig, GPT2Config
 
 from graft.config.train import Train, load_train
@@ -34,34 +35,6 @@ from graft.train.step import RowSums, Stepper
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     return make_model_folder(tmp_path_factory.mktemp("models") / "llama")
-
-
-def settings_for(base: Path, tmp_path: Path, *overrides: str, out: str = "run") -> Train:
-    data = tmp_path / "data.jsonl"
-    if not data.exists():
-        write_rows(data, make_conversations())
-    common = [
-        f"model={base}", f"data={data}", f"out={tmp_path / out}", "batch_size=8", "epochs=2", "lr=5e-3",
-        "split.val=0.2", "encode.max_length=128", "lora.dropout=0.1", "eval_every=3",
-    ]  # fmt: skip
-    return load_train(None, [*common, *overrides])
-
-
-def losses(run: RunFolder) -> list[tuple[int, float, float, float]]:
-    return [(r["step"], r["loss"], r["lr"], r["grad_norm"]) for r in run.read_metrics() if r["kind"] == "train"]
-
-
-def final_weights(run: RunFolder) -> dict[str, torch.Tensor]:
-    (file,) = run.final.glob("*model.safetensors")
-    return load_file(file)
-
-
-def assert_same_run(one: RunFolder, other: RunFolder) -> None:
-    assert losses(one) == losses(other)
-    assert len(losses(one)) > 3
-    weights, others = final_weights(one), final_weights(other)
-    assert weights.keys() == others.keys()
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 def logits_of(folder: Path, base: Path) -> torch.Tensor:

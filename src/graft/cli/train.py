@@ -30,7 +30,17 @@ def train(
         int | None,
         typer.Option("--gpus", "--processes", min=1, help="Processes of this host that share the run, one per GPU."),
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder exactly where it was.")] = None,
+    init_from: Annotated[
+        str | None, typer.Option(help="Begin a new run with the weights of this run, adapter or model folder.")
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|RUN|CHECKPOINT",
+            help="Continue a run exactly where it was: in this folder, from this checkpoint of it, or with auto the "
+            "newest that is not finished.",
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune a model on conversations.
 
@@ -43,21 +53,29 @@ def train(
     graft train recipe.yaml --gpus 8
 
     graft train --resume runs/my-run
+
+    graft train recipe.yaml --resume auto
     """
     from graft.config.train import load_train
+    from graft.console import note
 
     recipe, overrides = sort_words(words or [])
     flags = {
         "model": model, "data": data, "val": val, "test": test, "out": out, "method": method, "epochs": epochs,
-        "lr": lr, "batch_size": batch_size,
+        "lr": lr, "batch_size": batch_size, "init_from": init_from,
     }  # fmt: skip
-    if resume is not None:
+    if resume is not None and init_from is not None:
+        raise ConfigError(
+            "--resume continues a run exactly, --init-from begins one with weights alone; give one of them"
+        )
+    if resume == "auto" and (recipe is not None or model is not None or data):
+        flags["resume"] = "auto"
+    elif resume is not None:
         if recipe is not None:
-            raise ConfigError("--resume takes its settings from the run folder; leave the recipe out")
-        recipe = resume / "config.yaml"
-        if not recipe.is_file():
-            raise InputError(f"{resume}: no run there to resume (it has no config.yaml); name the folder of a run")
-        flags |= {"resume": True, "out": str(resume)}
+            raise ConfigError("--resume takes its settings from the run folder; leave the recipe out, or use auto")
+        root, there = _run_to_resume(resume, out)
+        recipe = root / "config.yaml"
+        flags |= {"resume": there, "out": str(root)}
     settings = load_train(recipe, overrides, {key: None if value == [] else value for key, value in flags.items()})
 
     if gpus is not None and gpus > 1:
@@ -65,12 +83,36 @@ def train(
 
         raise typer.Exit(launch(gpus, settings))
 
-    from graft.console import note
     from graft.train.loop import train as run_training
 
     run = run_training(settings)
     note(f"done: {run.final}")
     note(f"next: {_next_steps(run)}")
+
+
+def _run_to_resume(named: str, out: str | None) -> tuple[Path, bool | str]:
+    """The folder of a run, and where in it to go on: from its newest checkpoint, or from the one that was named.
+
+    Raises:
+        InputError: there is no such run.
+    """
+    from graft.runs import RunFolder, newest_run
+
+    if named == "auto":
+        place = Path("runs") if out is None else Path(out)
+        found = newest_run(place) if out is None else RunFolder(place)
+        if found is None or not found.exists():
+            raise InputError(f"{place}: no run there to resume; start one with a recipe, or with --model and --data")
+        return found.root, True
+    folder = Path(named)
+    root = folder.parent.parent
+    if not RunFolder(folder).exists() and folder.name.startswith("step-") and RunFolder(root).exists():
+        if not folder.is_dir():
+            raise InputError(f"{named}: there is no such checkpoint; {root / 'checkpoints'} has those that are left")
+        return root, str(folder)
+    if not RunFolder(folder).exists():
+        raise InputError(f"{named}: no run there to resume (it has no config.yaml); name the folder of a run")
+    return folder, True
 
 
 def _next_steps(run: RunFolder) -> str:

@@ -160,7 +160,7 @@ def _inside(func: Any, args: Any) -> int:
 
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> float:
-    """By torch's own formulas; it has none for the CPU's attention kernel."""
+    """By torch's own formulas; it has none for the CPU's attention kernel and for oneDNN."""
     packet = func._overloadpacket
     if func.namespace == "bitsandbytes" and "gemm_4bit" in func.__name__:
         return float(2 * args[0].numel() * args[2][0])
@@ -171,5 +171,7 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> float:
         query, key, value = (tensor.shape for tensor in args[1:4])
         causal = bool(args[7]) if len(args) > 7 else False
         return 2.5 * float(sdpa_flop_count(query, key, value)) / (2 if causal else 1)  # five products to two
+    if packet is torch.ops.mkldnn._linear_pointwise:  # a product by oneDNN (model/product.py)
+        return 2.0 * float(args[0].numel() * args[1].shape[0])
     known = flop_registry.get(packet)
     return 0.0 if known is None else float(known(*args, **kwargs, out_val=result))

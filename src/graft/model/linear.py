@@ -87,7 +87,7 @@ def product(x: Tensor, layer: Weights) -> Tensor:
 def pull(grad: Tensor, layer: Weights, onto: Tensor | None = None) -> Tensor:
     """Gradient of the input [T, i] for the output's [T, o]; added to `onto`, in place, where that is given."""
     layer = layer.for_tokens(len(grad))
-    dx = times_transposed(grad, layer.weight) if onto is None else onto.addmm_(grad, layer.weight)
+    dx = times_transposed(grad, layer.weight, onto)
     if layer.down is not None and layer.up is not None:
         dx.addmm_(grad @ layer.up, layer.down, alpha=layer.scaling)
     return dx

@@ -9,6 +9,7 @@ Shapes: T tokens, i and o features in and out, r rank.
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from graft.model.linear import SmallGradients, Weights, pieces, product, pull
+from graft.model.product import on_amd
 
 
 def fuse_lora(model: nn.Module) -> int:
@@ -41,6 +43,28 @@ def _is_ordinary(layer: Linear) -> bool:
         and not any(layer.lora_bias.values())
         and not layer.fan_in_fan_out
     )
+
+
+def fuse_trained_linears(model: nn.Module) -> int:
+    """Let linear layers whose weights are trained compute by `model/product.py`; returns how many do.
+
+    Worth it only where that has a faster library than torch's own layer would use.
+    """
+    fused = 0
+    for layer in model.modules() if on_amd() else ():
+        if type(layer) is nn.Linear and layer.weight.requires_grad and "forward" not in vars(layer):
+            layer.forward = MethodType(_trained_forward, layer)  # type: ignore[method-assign]
+            fused += 1
+    return fused
+
+
+def _trained_forward(self: nn.Linear, x: Tensor) -> Tensor:
+    dtype = compute_dtype(x, Weights(self.weight))
+    if dtype is None or x.device.type != "cpu" or x.dim() < 2 or not torch.is_grad_enabled():
+        return nn.Linear.forward(self, x)
+    flat = x.flatten(0, -2)
+    made: Tensor = _LoraProduct.apply(flat, None, self.weight, self.bias, None, None, 1.0, dtype)  # type: ignore[no-untyped-call]
+    return made.view(*x.shape[:-1], -1)
 
 
 class FusedLinear(Linear):
@@ -98,7 +122,7 @@ def compute_dtype(x: Tensor, *layers: Weights) -> torch.dtype | None:
 
 
 class _LoraProduct(torch.autograd.Function):
-    """y = x W^T + b + s (dropped A^T) B^T, where dropped is x itself without dropout."""
+    """y = x W^T + b + s (dropped A^T) B^T, where dropped is x itself without dropout; without A and B x W^T + b."""
 
     @staticmethod
     def forward(
@@ -107,8 +131,8 @@ class _LoraProduct(torch.autograd.Function):
         dropped: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
-        down: Tensor,
-        up: Tensor,
+        down: Tensor | None,
+        up: Tensor | None,
         scaling: float,
         dtype: torch.dtype,
     ) -> Tensor:
@@ -116,7 +140,7 @@ class _LoraProduct(torch.autograd.Function):
         ctx.scaling, ctx.dtype = scaling, dtype
         flat = x.to(dtype).flatten(0, -2)
         layer = Weights(weight, bias, down, up, scaling).to(dtype)
-        if dropped is None:
+        if dropped is None or down is None or up is None:
             y = product(flat, layer)
         else:
             y = product(flat, Weights(layer.weight, layer.bias))

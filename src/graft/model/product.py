@@ -30,9 +30,12 @@ def times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def times_transposed(grad: Tensor, weight: Tensor) -> Tensor:
-    """[T, o] -> [T, i]: G W with weight [o, i]."""
-    return times(grad, weight.T) if _by_onednn(grad, weight) else grad @ weight
+def times_transposed(grad: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
+    """[T, o] -> [T, i]: G W with weight [o, i]; added to `onto`, in place, where that is given."""
+    if not _by_onednn(grad, weight):
+        return grad @ weight if onto is None else onto.addmm_(grad, weight)
+    pulled = times(grad, weight.T)
+    return pulled if onto is None else onto.add_(pulled)
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:

@@ -126,9 +126,10 @@ def _save_full(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None, 
     shown.__dict__.update(model.__dict__)  # with a configuration of its own to be written
     shown.config = copy.deepcopy(model.config)
     shown.config._attn_implementation = "eager"  # graft's own names mean nothing to other programs
-    if dtype is not None:
-        shown.config.dtype = dtype
     shown.save_pretrained(str(folder), state_dict=_as_stored(weights, dtype))
+    if dtype is not None:
+        shown.config.dtype = dtype  # which transformers has set to that of the live weights
+        shown.config.save_pretrained(str(folder))
 
 
 def _as_stored(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from graft.model import bloom
 from graft.model.adapters import plain
 from graft.model.attention import SEGMENTS, RowMissing, TreeRow
 from graft.model.last_layer import LastLayer
-from graft.model.lora import fuse_lora
+from graft.model.lora import fuse_lora, fuse_trained_linears
 from graft.model.mlp import fuse_mlps
 from graft.model.norm import fuse_norms
 from graft.model.rotary import fuse_rotary
@@ -312,6 +312,7 @@ class TreeLM:
 def fuse_modules(model: nn.Module) -> None:
     """Give a model's modules the forwards of graft, each one operation where transformers takes several."""
     fuse_lora(model)
+    fuse_trained_linears(model)
     fuse_norms(model)
     fuse_mlps(model)
     fuse_rotary(model)

@@ -174,11 +174,11 @@ def prune(run: RunFolder, keep_last: int, best_step: int | None, keep_optimizer:
     All but the newest `keep_optimizer` lose their optimizer's state; not the best one where it is `whole_best`. The
     manifest is changed before the file goes, so that the checkpoint is complete at any moment.
     """
-    found = checkpoints(run)
-    for path in found[keep_last:]:
+    for path in checkpoints(run)[keep_last:]:
         if step_of(path) != best_step:
             shutil.rmtree(path)
-    for path in found[keep_optimizer or len(found) :]:
+    left = checkpoints(run)
+    for path in left[keep_optimizer or len(left) :]:
         file = path / OPTIMIZER
         if not file.is_file() or (whole_best and step_of(path) == best_step):
             continue

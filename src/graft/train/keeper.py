@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.train import Train
+from graft.console import warn
 from graft.model.save import live_weights, saved_weights
 from graft.model.trees import TreeLM
 from graft.runs import RunFolder
@@ -86,7 +87,10 @@ class Keeper:
         self.writer.checkpoint(snapshot)
         settings = self.settings
         whole_best = settings.patience is not None  # final/ may be made from it
-        prune(self.run, settings.keep_last, snapshot.state.best_step, settings.keep_optimizer, whole_best)
+        try:
+            prune(self.run, settings.keep_last, snapshot.state.best_step, settings.keep_optimizer, whole_best)
+        except OSError as error:  # the new one is complete; the next save tries again
+            warn(f"{self.run.checkpoints}: an old checkpoint could not be deleted ({error.strerror})")
 
     def final(self, dtype: torch.dtype) -> None:
         """Write `final/` from the weights that the model has now.

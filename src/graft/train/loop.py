@@ -58,6 +58,7 @@ from graft.train.space import explained_disk_errors
 from graft.train.together import Here, joined, open_together, prepare_together, refuse_with_ranks, resume_together
 from graft.train.tuning import check_tuning, embeddings_of, make_stepper
 from graft.train.validate import Stopped, validate
+from graft.train.watchdog import FIRST
 
 
 def train(settings: Train) -> RunFolder:
@@ -184,7 +185,7 @@ class Fit:
             for row in look_at_rows(self.prepared, self.settings.row_budget, self.lm).heaviest:
                 if self.ranks.any(stop.is_set()):  # the loop sees it too, and saves
                     break
-                self.watchdog.beat("a rehearsal of the heaviest row")
+                self.watchdog.beat("a rehearsal of the heaviest row", FIRST)
                 self.stepper.count_experts([row], self.state.step)  # forgets those of another row
                 self.stepper.accumulate(row, (self.state.step, 0), 1.0)
                 self.stepper.discard()
@@ -198,7 +199,8 @@ class Fit:
                 self.loop(stop, advance)
             self.finish()
         except Diverged as error:
-            self.keeper.wait()
+            with contextlib.suppress(GraftError):
+                self.keeper.wait()
             last = self.keeper.newest() or "the base model"
             raise Diverged(f"{error}. The last good checkpoint is {last}") from None
         finally:
@@ -289,7 +291,8 @@ class Fit:
         started = time.perf_counter()
         examples = self.prepared.train.examples(self.prepared.plan.step(step))
         budget = self.settings.row_budget
-        self.watchdog.beat(f"step {step + 1}")
+        patience = None if self.sentinels.updates else FIRST
+        self.watchdog.beat(f"step {step + 1}", patience)
         mine = rows_of_step(self.lm, examples, budget, self.ranks)
         weight = total_weight(examples)
         lr = learning_rate(step, self.total_steps, self.settings)
@@ -298,12 +301,12 @@ class Fit:
         self.stepper.count_experts(mine.rows, step)
         for index, row in enumerate(mine.rows):
             of_rows.append(self.stepper.accumulate(row, (step, mine.number_of(index)), weight))
-            self.watchdog.beat(f"step {step + 1}, row {index + 1}")
+            self.watchdog.beat(f"step {step + 1}, row {index + 1}", patience)
             if stop.is_set() and self.stepper.revocable and self.ranks.size == 1:
                 break
         for index, row in enumerate(mine.idle, len(mine.rows)):
             self.stepper.idle(row, (step, 0))
-            self.watchdog.beat(f"step {step + 1}, row {index + 1}")
+            self.watchdog.beat(f"step {step + 1}, row {index + 1}", patience)
         if self.stepper.revocable and self.ranks.any(stop.is_set()):
             self.stepper.discard()
             return None

@@ -50,13 +50,7 @@ def prepare(settings: Train, run: RunFolder) -> Prepared:
         InputError: a file, the tokenizer or the template cannot serve, or nothing is left to train on.
         DataRefused: too many rows were rejected.
     """
-    renderer = load_renderer(
-        settings.model,
-        settings.encode.template,
-        settings.encode.date,
-        trust_remote_code=settings.trust_remote_code,
-        new_tokens=settings.new_tokens,
-    )
+    renderer = renderer_of(settings)
     note(f"chat template: {renderer.template_name}")
     for text in renderer.notes:
         note(text)
@@ -104,6 +98,21 @@ def prepare(settings: Train, run: RunFolder) -> Prepared:
         _made_of(settings, train, validation, renderer, plan),
         counts,
         _thinking(train),
+    )
+
+
+def renderer_of(settings: Train) -> Renderer:
+    """What makes the run's ids.
+
+    Raises:
+        InputError: the tokenizer or the template cannot serve.
+    """
+    return load_renderer(
+        settings.model,
+        settings.encode.template,
+        settings.encode.date,
+        trust_remote_code=settings.trust_remote_code,
+        new_tokens=settings.new_tokens,
     )
 
 

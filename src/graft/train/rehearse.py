@@ -59,9 +59,10 @@ def rehearse_save(
         )
     needed = sum(p.nbytes for p in lm.model.parameters()) + 2 * sum(p.nbytes for p in trained.values())
     free = free_bytes(lm.device)
-    if ranks.from_first("room for a rehearsal", lambda: str(needed > free)) == "True":
+    # Twice, since the run itself has not allocated its activations yet.
+    if ranks.from_first("room for a rehearsal", lambda: str(2 * needed > free)) == "True":
         note(
-            f"no rehearsal of a reload: a second model takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free "
+            f"no rehearsal of a reload: a second model takes {needed / 2**30:.1f} GiB, of {free / 2**30:.1f} GiB free "
             f"on {lm.device}. Each save is still compared with memory bit by bit"
         )
         return
@@ -83,7 +84,8 @@ def rehearse_save(
                 if fault is not None:
                     raise InputError(f"{aside}: a rehearsal of saving failed: {fault}")
                 loaded = _logits(_reload(aside, lm, settings, precision), row, precision)
-                _compare(plain, live, loaded, precision.compute)
+                quantised = lm.base.config.to_dict().get("quantization_config")  # may round activations too
+                _compare(plain, live, loaded, torch.bfloat16 if quantised else precision.compute)
                 return ""
 
             ranks.from_first("a rehearsal of saving", try_it)
@@ -98,6 +100,9 @@ def rehearse_save(
         lm.model.train(training)
         if ranks.first:
             shutil.rmtree(aside, ignore_errors=True)
+        if lm.device.type == "cuda":  # the second model's memory is the run's again, and the log's peak that of steps
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(lm.device)
 
 
 def _compare(plain: Tensor, live: Tensor, loaded: Tensor, compute: torch.dtype) -> None:

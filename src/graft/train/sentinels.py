@@ -23,7 +23,7 @@ from graft.model.shard import local
 
 IN_A_ROW = 3
 """So many steps with a loss or a gradient of exactly zero end the run. One may happen by underflow."""
-NEAR_UNIFORM = 0.01
+NEAR_UNIFORM = 1e-3
 """A loss within this of ln(vocabulary) is that of an output which says nothing."""
 SPIKE = 10.0
 """A loss so many times the running median is a spike."""

@@ -22,12 +22,11 @@ from graft.errors import ConfigError, InputError
 from graft.model.device import pick_device
 from graft.model.ranks import Ranks
 from graft.runs import RunFolder
-from graft.tokens.load import load_renderer
 from graft.tokens.plan import Plan
 from graft.tokens.store import open_stored
 from graft.train.open_run import open_run, place_to_resume
 from graft.train.preflight import look_at_each_other
-from graft.train.prepare import Prepared, prepare
+from graft.train.prepare import Prepared, prepare, renderer_of
 from graft.train.watchdog import Watchdog
 
 SHARDED_OPTIMIZERS = ("adamw", "lion", "sgd", "schedule_free_adamw")
@@ -139,16 +138,9 @@ def _described(prepared: Prepared) -> str:
 
 def _reopened(text: str, settings: Train) -> Prepared:
     found = json.loads(text)
-    renderer = load_renderer(
-        settings.model,
-        settings.encode.template,
-        settings.encode.date,
-        trust_remote_code=settings.trust_remote_code,
-        new_tokens=settings.new_tokens,
-    )
     repeats = tuple(value for value, count in found["repeats"] for _ in range(count))
     return Prepared(
-        renderer,
+        renderer_of(settings),
         open_stored(found["train"]),
         open_stored(found["val"]),
         Plan(repeats, *found["plan"]),

@@ -32,8 +32,10 @@ SILENT = 60.0
 """Seconds without one after which a process is gone."""
 LATE = 100.0
 """Seconds for which the others wait for a process that is behind, unless steps are longer: then thrice the longest."""
+LOADING = 2 * 3600.0
+"""The same while weights are loaded, which large ones on a slow disk take long for."""
 FIRST = 600.0
-"""The same before the first step is done: kernels are compiled, memory is mapped."""
+"""The same in the first step: kernels are compiled, memory is mapped."""
 NOTICED = 20
 """Seconds within which a launcher that is well has noticed that its process has ended; it looks ten times a second."""
 WAITS_IN = ("torch/distributed", "graft/model/ranks.py")
@@ -60,12 +62,12 @@ class Watchdog:
         self.ranks = ranks
         self.checkpoints = checkpoints
         self._count = 0
-        self._doing = "starting"
-        self._patience: float | None = FIRST
+        self._doing = "loading"
+        self._patience: float | None = LOADING
         self._longest = 0.0
         self._last = time.monotonic()
-        self._answered = time.monotonic()
-        """When the store has last answered the thread that speaks with it."""
+        self._unanswered = 0
+        """How often the second thread has woken up since the store answered the first one."""
         self._over = threading.Event()
         self._seen = [_Seen() for _ in range(ranks.size)]
         self._main = threading.main_thread().ident
@@ -100,15 +102,15 @@ class Watchdog:
                     self._judge(store)
                 else:
                     self._look_at_first(store)
-                self._answered = time.monotonic()
+                self._unanswered = 0
 
     def _watch_the_store(self) -> None:
         """Where a cable is cut no error comes: whoever asked the store would wait for its answer for ten minutes."""
         while not self._over.wait(TICK):
-            silent = time.monotonic() - self._answered
-            if silent > SILENT:
+            self._unanswered += 1  # no clock: a process that was stopped for a while has not waited
+            if self._unanswered * TICK > SILENT:
                 who = f"rank {self.ranks.rank} on {socket.gethostname()}"
-                self._end(None, f"{who} has had no answer from the host of the first process for {silent:.0f} s")
+                self._end(None, f"{who} has had no answer from the host of the first process for {SILENT:.0f} s")
 
     def _say(self, store: Store, tick: int) -> None:
         mine = {
