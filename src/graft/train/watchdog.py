@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -35,6 +36,8 @@ LOADING = 2 * 3600.0
 """The same while weights are loaded, which large ones on a slow disk take long for."""
 FIRST = 600.0
 """The same in the first step: kernels are compiled, memory is mapped."""
+NOTICED = 20
+"""Seconds within which a launcher that is well has noticed that its process has ended; it looks ten times a second."""
 WAITS_IN = ("torch/distributed", "graft/model/ranks.py")
 """Files in whose functions a process waits for others."""
 
@@ -63,13 +66,16 @@ class Watchdog:
         self._patience: float | None = LOADING
         self._longest = 0.0
         self._last = time.monotonic()
+        self._unanswered = 0
+        """How often the second thread has woken up since the store answered the first one."""
         self._over = threading.Event()
         self._seen = [_Seen() for _ in range(ranks.size)]
         self._main = threading.main_thread().ident
         if ranks.store is not None:
             # A store answers one caller at a time, and the main thread may wait in it for hours.
-            thread = threading.Thread(target=self._watch, args=(ranks.own_store(),), name="watchdog", daemon=True)
-            thread.start()
+            store = ranks.own_store()
+            threading.Thread(target=self._watch, args=(store,), name="watchdog", daemon=True).start()
+            threading.Thread(target=self._watch_the_store, name="watchdog of the store", daemon=True).start()
 
     def beat(self, doing: str, patience: float | None = None) -> None:
         """Say what the main thread begins to do; `patience` is for what only one process does, while others wait."""
@@ -86,10 +92,9 @@ class Watchdog:
 
     def _watch(self, store: Store) -> None:
         tick = 0
-        unreachable_since: float | None = None
         while not self._over.wait(TICK):
             tick += 1
-            try:
+            with suppress(dist.DistError):  # the store's host is gone, or about to be
                 self._say(store, tick)
                 if store.check(["watchdog/verdict"]):
                     self._leave()
@@ -97,11 +102,15 @@ class Watchdog:
                     self._judge(store)
                 else:
                     self._look_at_first(store)
-                unreachable_since = None
-            except dist.DistError:  # the store's host is gone, or about to be
-                unreachable_since = unreachable_since or time.monotonic()
-                if time.monotonic() - unreachable_since > SILENT and not self._over.is_set():
-                    self._end(None, f"the host of the first process has not answered for {SILENT:.0f} s")
+                self._unanswered = 0
+
+    def _watch_the_store(self) -> None:
+        """Where a cable is cut no error comes: whoever asked the store would wait for its answer for ten minutes."""
+        while not self._over.wait(TICK):
+            self._unanswered += 1  # no clock: a process that was stopped for a while has not waited
+            if self._unanswered * TICK > SILENT:
+                who = f"rank {self.ranks.rank} on {socket.gethostname()}"
+                self._end(None, f"{who} has had no answer from the host of the first process for {SILENT:.0f} s")
 
     def _say(self, store: Store, tick: int) -> None:
         mine = {
@@ -190,7 +199,9 @@ class Watchdog:
     def _end(self, store: Store | None, why: str) -> None:
         """End all processes of the run; this one says why."""
         told = 0
-        if store is not None:
+        if store is None:
+            _end_a_launcher_that_hangs()
+        else:
             with suppress(dist.DistError):
                 told = store.add("watchdog/told", 1)
                 store.set("watchdog/verdict", why)
@@ -211,3 +222,20 @@ class Watchdog:
 
     def _leave(self) -> None:
         os._exit(5 if self._saved() else 1)
+
+
+def _end_a_launcher_that_hangs() -> None:
+    """End torch's launcher too, where it does not notice that this process ends.
+
+    On a host that is cut off it asks the rendezvous for news, and waits for the answer as long as TCP does (15
+    minutes), deaf to SIGTERM; nothing above it would learn that the run is over. Then this process is never reaped.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        wait = f"sleep {NOTICED}; kill -0 {os.getpid()} 2>/dev/null && kill -KILL {os.getppid()}"
+        subprocess.Popen(  # noqa: S603 (two numbers of our own)
+            ["/bin/sh", "-c", wait],
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
