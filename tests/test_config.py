@@ -112,3 +112,13 @@ def test_a_recipe_with_bytes_that_no_text_has_is_an_error_of_one_line(tmp_path):
     with pytest.raises(ConfigError, match="not valid YAML") as caught:
         load_train(path)
     assert "\n" not in str(caught.value)
+
+
+def test_names_of_other_tools_are_answered_with_ours():
+    from graft.config.base import NAMES_ELSEWHERE, setting_names
+
+    assert set(NAMES_ELSEWHERE.values()) <= set(setting_names(Train))
+    assert not set(NAMES_ELSEWHERE) & set(setting_names(Train))
+    for theirs, ours in NAMES_ELSEWHERE.items():
+        with pytest.raises(ConfigError, match=f"unknown setting `{theirs}`; here it is called `{ours}`"):
+            load_train(None, ["model=m", "data=d", f"{theirs}=1"])

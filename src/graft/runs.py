@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,16 +143,26 @@ def _last_written(run: RunFolder) -> int:
     return max(path.stat().st_mtime_ns for path in (run.config, run.metrics) if path.is_file())
 
 
+BEFORE_A_RUN = {"data", "rejects.jsonl"}
+"""What is written before a run begins, and left where it then does not."""
+
+
 def new_run_folder(wanted: str | None, default_name: str) -> RunFolder:
-    """The folder for a new run: `wanted` as it is, else runs/NAME, numbered when there is something already."""
+    """The folder for a new run: `wanted` as it is, else runs/NAME, numbered when there is something already.
+
+    What a start that failed has left in such a folder is cleared away.
+    """
     if wanted is not None:
         return RunFolder(Path(wanted))
     name = run_name(default_name)
     number, folder = 1, Path("runs") / name
-    while folder.is_file() or (folder.is_dir() and any(folder.iterdir())):  # a start that failed leaves it empty
+    while folder.is_file() or (folder.is_dir() and not {path.name for path in folder.iterdir()} <= BEFORE_A_RUN):
         number += 1
         folder = Path("runs") / f"{name}-{number}"
-    return RunFolder(folder)
+    run = RunFolder(folder)
+    shutil.rmtree(run.data, ignore_errors=True)
+    run.rejects.unlink(missing_ok=True)
+    return run
 
 
 def run_name(text: str) -> str:

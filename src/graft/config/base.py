@@ -157,7 +157,7 @@ def _explain(model: type[Settings], item: Any, lines: Mapping[tuple[str, ...], i
     where = f"{place}:{line}" if line else place
     key = ".".join(path)
     if item["type"] == "extra_forbidden":
-        hint = did_you_mean(key, setting_names(model))
+        hint = _from_another_tool(key, setting_names(model)) or did_you_mean(key, setting_names(model))
         return f"{where}: unknown setting `{key}`{hint or f'; `graft schema {model.__name__.lower()}` lists them all'}"
     if item["type"] == "missing":
         if key in ("model", "data"):
@@ -177,6 +177,24 @@ def setting_names(model: type[BaseModel], prefix: str = "") -> list[str]:
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             names += setting_names(info.annotation, f"{prefix}{name}.")
     return names
+
+
+NAMES_ELSEWHERE = {
+    "learning_rate": "lr", "num_train_epochs": "epochs", "num_epochs": "epochs", "output_dir": "out", "dataset": "data",
+    "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "batch_size",
+    "micro_batch_size": "batch_size", "model_name_or_path": "model", "base_model": "model",
+    "lora_rank": "lora.r", "lora_r": "lora.r", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout",
+    "cutoff_len": "encode.max_length", "max_seq_length": "encode.max_length", "sequence_len": "encode.max_length",
+    "lr_scheduler_type": "schedule", "lr_scheduler": "schedule", "warmup_ratio": "warmup", "warmup_steps": "warmup",
+    "max_grad_norm": "clip", "val_size": "split.val", "val_set_size": "split.val", "eval_steps": "eval_every",
+    "save_steps": "save_every", "save_total_limit": "keep_last", "logging_steps": "log_every", "optim": "optimizer",
+}  # fmt: skip
+"""What transformers, TRL, LLaMA-Factory, Axolotl and ms-swift call settings that have another name here."""
+
+
+def _from_another_tool(key: str, known: Sequence[str]) -> str:
+    name = NAMES_ELSEWHERE.get(key)
+    return f"; here it is called `{name}`" if name in known else ""
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

@@ -88,8 +88,7 @@ def load_base(
         InputError: there is no such model, or it is not a causal language model.
     """
     local = Path(path).exists()
-    if local and not (Path(path) / "config.json").is_file():
-        raise InputError(f"{path}: no config.json there; name a model folder as transformers saves it")
+    refuse_no_model(path)
     if local:
         refuse_escapes(Path(path))
     asked: dict[str, Any] = {}  # keys that are not needed are left out: a None would wipe out what config.json says
@@ -123,6 +122,16 @@ def load_base(
     assert isinstance(model, PreTrainedModel)
     make_trainable(model)
     return model
+
+
+def refuse_no_model(path: str) -> None:
+    """A folder that is there must be a model's; any other name may be a hub's id.
+
+    Raises:
+        InputError: it has no config.json.
+    """
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise InputError(f"{path}: no config.json there; name a model folder as transformers saves it")
 
 
 def to_device(model: nn.Module, device: torch.device) -> None:
@@ -175,8 +184,7 @@ def layer_count(path: str, trust_remote_code: bool = False) -> int | None:
 def _config(path: str, trust_remote_code: bool) -> dict[str, Any]:
     """The text model's config."""
     local = Path(path).exists()
-    if local and not (Path(path) / "config.json").is_file():
-        raise InputError(f"{path}: no config.json there; name a model folder as transformers saves it")
+    refuse_no_model(path)
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=local, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:

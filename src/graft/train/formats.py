@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import torch
 
 from graft.config.train import Train
 from graft.console import note
-from graft.errors import ConfigError
+from graft.errors import ConfigError, InputError
 from graft.model.device import Precision, pick_device, pick_precision
-from graft.model.load import layer_count
+from graft.model.load import layer_count, refuse_no_model
 from graft.model.peft_kinds import mutates_base, peft_config
 from graft.model.quantize import check_quantize, refuse_stored
 from graft.train.computing import pick_computing
@@ -21,12 +22,15 @@ def refuse_base(settings: Train) -> None:
     """What can be known of the base and the device before anything is read, and before there is a run folder.
 
     Raises:
-        InputError: the base is stored in a format that cannot be trained through.
+        InputError: there is no such base, or no such weights to begin with; the base is stored in a format that cannot
+            be trained through.
         ConfigError: the device or the libraries lack what is asked for, `quantize` does not work here or with this
             adapter, or the model has fewer layers than are to be trained.
     """
     if settings.gradient_checkpointing:
         note("gradient_checkpointing: true is now called checkpointing: full")
+    refuse_no_model(settings.model)
+    _refuse_missing_start(settings.init_from)
     if Path(settings.model).exists():
         method = "full" if settings.trains_own_weights else "lora"
         refuse_stored(settings.model, method, settings.quantize, settings.trust_remote_code)
@@ -41,6 +45,14 @@ def refuse_base(settings: Train) -> None:
             "subtracts a part of the weights from them, as quantised ones cannot be; leave one of them out"
         )
     check_quantize(settings.quantize, device, pick_precision(settings.precision, device).compute)
+
+
+def _refuse_missing_start(named: str | None) -> None:
+    if named is None or Path(named).is_dir() or not (os.sep in named or Path(named).exists()):
+        return
+    there = sorted(path.name for path in Path(named).parent.glob("step-*"))
+    instead = f"; there are {', '.join(there)}" if there else ""
+    raise InputError(f"init_from {named}: no such folder{instead}; name a run, an adapter or a model folder")
 
 
 def _refuse_on_device(settings: Train, device: torch.device) -> None:

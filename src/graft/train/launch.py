@@ -21,7 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from graft.config.train import Train
 from graft.console import fail
-from graft.errors import ConfigError, Interrupted
+from graft.errors import ConfigError, Elsewhere, Interrupted
 
 SAVING_SECONDS = 600
 """How long processes that were asked to stop may take to save; torch's launcher would kill them after 30 s."""
@@ -32,7 +32,7 @@ def launch(processes: int, settings: Train) -> int:
 
     Raises:
         ConfigError: there are fewer accelerators than processes.
-        Interrupted: a signal ended it; what was saved is said by the processes.
+        Elsewhere: a signal ended it; what was saved is said by the processes.
     """
     if settings.device != "cpu" and torch.accelerator.is_available() and processes > torch.accelerator.device_count():
         raise ConfigError(
@@ -58,8 +58,8 @@ def launch(processes: int, settings: Train) -> int:
             recipe = Path(folder) / "recipe.yaml"
             recipe.write_text(yaml.safe_dump(settings.model_dump(mode="json"), allow_unicode=True), encoding="utf-8")
             elastic_launch(config, sys.executable)("-m", "graft", "train", str(recipe))
-    except SignalException as error:
-        raise Interrupted(f"{signal.Signals(error.sigval).name}: the run was asked to stop, and has") from None
+    except SignalException:  # the processes have said what was saved
+        raise Elsewhere(Interrupted.exit_code) from None
     except ChildFailedError as error:
         return _exit_code(error.failures)
     return 0
