@@ -38,7 +38,8 @@ def open_run(settings: Train) -> tuple[Train, RunFolder]:
     run = new_run_folder(settings.out, name)
     if run.begun() and not settings.resume:
         raise InputError(
-            f"{run.root}: holds a run already; continue it with graft train --resume {run.root}, or choose another out=DIR"
+            f"{run.root}: holds a run already; continue it with graft train --resume {run.root}, or choose another "
+            "out=DIR"
         )
     if not run.exists() and any((run.root / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise InputError(f"{run.root}: holds a model; choose another out=DIR, so that no file of it is touched")
