@@ -17,6 +17,7 @@ import zipfile
 import pytest
 import torch
 import zstandard
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import CHATML, make_conversations, make_model_folder, make_tokenizer, write_rows
 
@@ -134,15 +135,26 @@ def test_a_tokenizers_own_code_is_not_run_unasked(model, tmp_path, monkeypatch):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("megatron_config", {"a": 1}), ("auto_mapping", {"base_model_class": "X", "parent_library": "evil"})],
-)
-def test_an_adapter_that_names_modules_to_import_is_refused(base, tmp_path, key, value):
-    config = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "megatron_core": "evil", key: value}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=f"{key} names Python modules"):
+def test_an_adapter_that_names_modules_to_import_is_refused(base, tmp_path):
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "megatron_core": "evil"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"megatron_config": {"a": 1}}))
+    with pytest.raises(InputError, match="megatron_config names Python modules"):
         load_model(tmp_path, "cpu", base=str(base))
+
+
+def test_the_modules_of_an_auto_mapping_are_not_imported(base, tmp_path, monkeypatch):
+    """PEFT writes one into every adapter that has no task type; only its own Auto classes follow it."""
+    marker = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass X:\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tuned = get_peft_model(load_base(str(base), torch.float32), LoraConfig(r=2, target_modules=["q_proj"]))
+    tuned.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    assert config["auto_mapping"]
+    file.write_text(json.dumps(config | {"auto_mapping": {"base_model_class": "X", "parent_library": "evil"}}))
+    load_model(tmp_path / "adapter", "cpu", base=str(base))
+    assert not marker.exists()
 
 
 # paths

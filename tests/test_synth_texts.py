@@ -289,7 +289,7 @@ def test_fill_is_one_pass():
         ({"seeds": []}, "nothing to start from"),
         ({"budget": {"money": 1}}, "budget.money needs `prices`"),
         ({"identity": {"count": 3}}, "identity rows need `persona.name`"),
-        ({"endpoint": {**ENDPOINT, "base_url": "http://me:secret@host/v1"}}, "a key has no place in the address"),
+        ({"endpoint": {**ENDPOINT, "base_url": "http://me:secret@host/v1"}}, "holds a password or a key"),
         ({"endpoint": {**ENDPOINT, "base_url": "localhost:8000"}}, "an address such as"),
         ({"filter": {"min_words": 9, "max_words": 3}}, "min_words 9 is more than max_words 3"),
         ({"filter": {"banned": ["x", " "]}}, "an empty word would be found in every text"),

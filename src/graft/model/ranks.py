@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -31,6 +32,10 @@ PATIENCE = timedelta(days=30)
 """Wait for what another process makes before the processes are joined; if that one dies, the launcher ends us all."""
 _MOMENT = timedelta(seconds=10)
 """A process that fails writes why before its connections break; how long the others look for it."""
+
+
+ASKED_EVERY = 0.1
+"""Seconds between two looks at what another process is to write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,7 @@ class Ranks:
             return make()
         key = f"{name}/{self.host}" if per_host else name
         if self.local if per_host else self.rank:
-            self.store.wait([key], PATIENCE)
+            self._await([key], PATIENCE)
             found: dict[str, str] = json.loads(self.store.get(key))
             if "failed" in found:
                 raise Elsewhere(int(found["failed"]))
@@ -90,7 +95,7 @@ class Ranks:
         self.store.set(f"{name}/{self.rank}", mine)
         keys = [f"{name}/{rank}" for rank in range(self.size)]
         try:
-            self.store.wait(keys, within)
+            self._await(keys, within)
         except dist.DistStoreError:
             missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
             raise GraftError(
@@ -98,6 +103,19 @@ class Ranks:
                 f"{within.total_seconds():.0f} s (ranks {', '.join(map(str, missing))}); look at what they printed last"
             ) from None
         return [self.store.get(key).decode() for key in keys]
+
+    def _await(self, keys: list[str], within: timedelta) -> None:
+        """Until others have written some keys. Asked for again and again: in the store's own wait no signal is heard.
+
+        Raises:
+            DistStoreError: they have not, in this time.
+        """
+        assert self.store is not None
+        deadline = time.monotonic() + within.total_seconds()
+        while not self.store.check(keys):
+            if time.monotonic() > deadline:
+                raise dist.DistStoreError(f"no {', '.join(keys)} within {within.total_seconds():.0f} s")
+            time.sleep(ASKED_EVERY)
 
     def join(self, device: torch.device) -> None:
         """Open the connections between the processes: from here on, whatever one does the others wait for.
@@ -190,7 +208,7 @@ class Ranks:
             if self.rank:
                 self.store.set(f"gone/{self.rank}", "")
             else:
-                self.store.wait([f"gone/{rank}" for rank in range(1, self.size)], _MOMENT)
+                self._await([f"gone/{rank}" for rank in range(1, self.size)], _MOMENT)
 
     def _others_gone(self, error: Exception) -> NoReturn:
         """A connection broke: either somebody has said why, or somebody is gone without a word.
@@ -201,7 +219,7 @@ class Ranks:
         """
         assert self.store is not None
         with suppress(dist.DistError):
-            self.store.wait(["ended"], _MOMENT)
+            self._await(["ended"], _MOMENT)
             code = int(self.store.get("ended"))
             self._go()
             raise Elsewhere(code) from None

@@ -31,10 +31,12 @@ def refuse_escapes(folder: Path) -> None:
                 )
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        modules = [key for key in ("megatron_config", "auto_mapping") if _json(adapter).get(key)]
-        for key in modules:
+        # `auto_mapping` names modules too, but only PEFT's Auto classes follow it, and every adapter that PEFT saves
+        # without a task type has one.
+        if _json(adapter).get("megatron_config"):
             raise InputError(
-                f"{adapter}: {key} names Python modules to import, which graft does not do for an adapter; remove {key}"
+                f"{adapter}: megatron_config names Python modules to import, which graft does not do for an adapter; "
+                "remove it"
             )
 
 
