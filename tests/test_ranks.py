@@ -19,11 +19,12 @@ from together import together
 from transformers import AutoModelForCausalLM
 
 from graft.config.train import Train, load_train
-from graft.errors import ConfigError
-from graft.model.ranks import Ranks
+from graft.errors import ConfigError, InputError
+from graft.model.ranks import Ranks, ranks_from_environment
 from graft.runs import RunFolder
 from graft.tokens.deal import Prices, deal
 from graft.tokens.tree import build_rows
+from graft.train import launch
 from graft.train.loop import train
 from graft.train.step import Stepper
 from graft.train.together import refuse_with_ranks
@@ -313,3 +314,59 @@ def test_other_adapters_are_one_run_too(base, tmp_path, kind):
     changes = ["method=peft", f"peft={kind}"]
     alone = train(settings_for(base, tmp_path, "alone", *changes))
     assert_same_course(alone, run_on(2, settings_for(base, tmp_path, "two", *changes)))
+
+
+@pytest.mark.parametrize(
+    ("codes", "saved", "wanted", "said"),
+    [
+        ({0: -9, 1: 143}, True, 5, "rank 0 by SIGKILL"),
+        ({0: 143, 1: -9}, False, 1, "rank 1 by SIGKILL"),
+        ({0: 5, 1: -9}, False, 1, "There is no checkpoint"),
+        ({0: -9, 1: -9}, True, 5, "--resume"),
+        ({0: 2, 1: -9}, True, 2, ""),
+        ({0: 4, 1: 4}, True, 4, ""),
+        ({0: 5, 1: 5}, True, 5, ""),
+        ({0: 1, 1: -15}, False, 1, ""),
+    ],
+)
+def test_the_launcher_tells_who_was_killed_from_whom_it_ended_itself(tmp_path, capfd, codes, saved, wanted, said):
+    if saved:
+        (tmp_path / "checkpoints" / "step-1").mkdir(parents=True)
+    assert launch._exit_code(codes, str(tmp_path)) == wanted
+    found = capfd.readouterr().err
+    assert said in found
+    assert bool(found) == bool(said)
+
+
+def test_an_unwritable_cache_is_refused_where_several_processes_need_it(base, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "file" / "cache"))
+    found = together(2, run_as, settings_for(base, tmp_path, "run"), seconds=60)
+    assert sum("GRAFT_CACHE" in text for text in found) == 1, found
+    assert sum(text.startswith("Elsewhere") for text in found) == 1, found
+
+
+def test_a_process_that_fails_before_all_have_met_ends_the_others(base, tmp_path):
+    started = time.monotonic()
+    found = together(2, fail_alone, settings_for(base, tmp_path, "run"), seconds=60)
+    assert time.monotonic() - started < 40
+    assert sorted(text.split(":")[0] for text in found) == ["Elsewhere", "InputError"], found
+
+
+def fail_alone(rank: int, settings: Train) -> str:
+    from graft.train import together as steps
+
+    if rank == 1:
+
+        def refuse(key: str) -> None:
+            raise InputError("rank 1 cannot read it")
+
+        steps.open_stored = refuse
+    return run_as(rank, settings)
+
+
+def test_a_world_without_a_rank_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 2, but no RANK"):
+        ranks_from_environment()

@@ -10,6 +10,7 @@ runs/NAME/
     checkpoints/step-N/ complete or absent
     final/              a model or adapter folder that transformers and PEFT load as is
     report.html, loss.png
+    .lock               held by the process that is at work there
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,9 +135,14 @@ def write_manifest(folder: Path, files: Mapping[str, tuple[int, str]]) -> None:
     write_atomic(folder / MANIFEST, json.dumps({"files": listed}, indent=1))
 
 
-def newest_run(folder: Path, name: str = "*") -> RunFolder | None:
-    """The run under a folder to go on with: the latest one that is not finished, else the latest; None without any."""
-    found = [RunFolder(path.parent) for path in folder.glob(f"{name}/config.yaml")]
+def newest_run(folder: Path, name: str | None = None) -> RunFolder | None:
+    """The run under a folder to go on with: the latest one that is not finished, else the latest; None without any.
+
+    With a name only those that `new_run_folder` would call so.
+    """
+    found = [RunFolder(path.parent) for path in folder.glob("*/config.yaml")]
+    if name is not None:
+        found = [run for run in found if re.fullmatch(rf"{re.escape(name)}(-\d+)?", run.root.name)]
     return max(found, key=lambda run: (not run.finished(), _last_written(run)), default=None)
 
 
@@ -143,7 +150,39 @@ def _last_written(run: RunFolder) -> int:
     return max(path.stat().st_mtime_ns for path in (run.config, run.metrics) if path.is_file())
 
 
-BEFORE_A_RUN = {"data", "rejects.jsonl"}
+@contextlib.contextmanager
+def locked(run: RunFolder) -> Iterator[None]:
+    """Keep others out of a run folder; the system lets go of it when this process ends, however it ends.
+
+    Raises:
+        InputError: another process is in it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with contextlib.ExitStack() as opened:
+        try:
+            file = opened.enter_context((run.root / LOCK).open("a+"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read().strip() or "another process"
+            raise InputError(
+                f"{run.root}: {who} is at work there; wait until it has ended, or choose another out=DIR"
+            ) from None
+        except OSError:  # a folder that cannot be written is refused elsewhere; a file system may know no locks
+            yield
+            return
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+LOCK = ".lock"
+BEFORE_A_RUN = {"data", "rejects.jsonl", LOCK}
 """What is written before a run begins, and left where it then does not."""
 
 
@@ -156,13 +195,26 @@ def new_run_folder(wanted: str | None, default_name: str) -> RunFolder:
         return RunFolder(Path(wanted))
     name = run_name(default_name)
     number, folder = 1, Path("runs") / name
-    while folder.is_file() or (folder.is_dir() and not {path.name for path in folder.iterdir()} <= BEFORE_A_RUN):
+    while not _is_free(folder):
         number += 1
         folder = Path("runs") / f"{name}-{number}"
     run = RunFolder(folder)
     shutil.rmtree(run.data, ignore_errors=True)
     run.rejects.unlink(missing_ok=True)
     return run
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a run can begin there: nothing is there, or what a start that failed has left, and nobody is at work."""
+    if not folder.is_dir():
+        return not folder.exists()
+    if not {path.name for path in folder.iterdir()} <= BEFORE_A_RUN:
+        return False
+    try:
+        with locked(RunFolder(folder)):
+            return True
+    except InputError:
+        return False
 
 
 def run_name(text: str) -> str:

@@ -109,10 +109,13 @@ class Ranks:
 
         Raises:
             DistStoreError: they have not, in this time.
+            Elsewhere: a process has ended meanwhile.
         """
         assert self.store is not None
         deadline = time.monotonic() + within.total_seconds()
         while not self.store.check(keys):
+            if self.store.check(["ended"]):  # it will not come: somebody has failed, and has said why
+                raise Elsewhere(int(self.store.get("ended")))
             if time.monotonic() > deadline:
                 raise dist.DistStoreError(f"no {', '.join(keys)} within {within.total_seconds():.0f} s")
             time.sleep(ASKED_EVERY)
@@ -125,6 +128,7 @@ class Ranks:
         """
         if self.store is None:
             return
+        self.from_all("ready", "", PATIENCE)  # opening connections to one that has ended would take ten minutes
         backend = "gloo"
         if device.type != "cpu":
             backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
@@ -204,11 +208,14 @@ class Ranks:
     def _go(self) -> None:
         """Before the first process ends, the others get a moment to read why: the store may live in it."""
         assert self.store is not None
-        with suppress(dist.DistError):
+        with suppress(dist.DistError, Elsewhere):
             if self.rank:
                 self.store.set(f"gone/{self.rank}", "")
             else:
-                self._await([f"gone/{rank}" for rank in range(1, self.size)], _MOMENT)
+                names = [f"gone/{rank}" for rank in range(1, self.size)]
+                deadline = time.monotonic() + _MOMENT.total_seconds()
+                while not self.store.check(names) and time.monotonic() < deadline:
+                    time.sleep(ASKED_EVERY)
 
     def _others_gone(self, error: Exception) -> NoReturn:
         """A connection broke: either somebody has said why, or somebody is gone without a word.
@@ -220,9 +227,8 @@ class Ranks:
         assert self.store is not None
         with suppress(dist.DistError):
             self._await(["ended"], _MOMENT)
-            code = int(self.store.get("ended"))
             self._go()
-            raise Elsewhere(code) from None
+            raise Elsewhere(int(self.store.get("ended"))) from None
         if not broken_connection(error):
             raise error
         raise GraftError(
@@ -245,8 +251,13 @@ def ranks_from_environment() -> Ranks:
         ConfigError: the launcher's store cannot be reached.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "RANK" not in os.environ:
+    if size == 1:
         return Ranks()
+    if "RANK" not in os.environ:
+        raise ConfigError(
+            f"WORLD_SIZE is {size}, but no RANK says which of the {size} processes this is; start them with torchrun "
+            "or graft train --gpus N, or unset WORLD_SIZE"
+        )
     try:
         store, rank, size = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
     except (dist.DistError, RuntimeError, ValueError) as error:

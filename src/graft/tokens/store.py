@@ -24,7 +24,7 @@ import numpy.typing as npt
 from graft.config.train import Encode
 from graft.console import warn_once
 from graft.errors import InputError
-from graft.runs import fsync_folder, write_atomic
+from graft.runs import fsync_folder, make_writable, write_atomic
 from graft.tokens import row_weight
 from graft.tokens.columns import Columns, Unwritable, naming_refusals
 from graft.tokens.encode import encode_each
@@ -184,6 +184,18 @@ def cache_folder() -> Path:
     if "GRAFT_CACHE" in os.environ:
         return Path(os.environ["GRAFT_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "graft" / "encoded"
+
+
+def refuse_unwritable_cache() -> None:
+    """Where several processes are to read what one of them encodes.
+
+    Raises:
+        InputError: the cache cannot be written.
+    """
+    try:
+        make_writable(cache_folder())
+    except InputError as error:
+        raise InputError(f"the cache of encoded data: {error}, and name it with GRAFT_CACHE") from None
 
 
 def _write(folder: Path, results: Callable[[Counter[str]], Iterable[list[Example] | Reject]]) -> None:

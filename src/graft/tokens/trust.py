@@ -30,14 +30,13 @@ def refuse_escapes(folder: Path) -> None:
                     "or put together by hand: copy the file there and correct the name"
                 )
     adapter = folder / "adapter_config.json"
-    if adapter.is_file():
-        # `auto_mapping` names modules too, but only PEFT's Auto classes follow it, and every adapter that PEFT saves
-        # without a task type has one.
-        if _json(adapter).get("megatron_config"):
-            raise InputError(
-                f"{adapter}: megatron_config names Python modules to import, which graft does not do for an adapter; "
-                "remove it"
-            )
+    # `auto_mapping` names modules too, but only PEFT's Auto classes follow it, and every adapter that PEFT saves
+    # without a task type has one.
+    if adapter.is_file() and _json(adapter).get("megatron_config"):
+        raise InputError(
+            f"{adapter}: megatron_config names Python modules to import, which graft does not do for an adapter; "
+            "remove it"
+        )
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -11,17 +11,19 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import yaml
 from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from graft.config.train import Train
 from graft.console import fail
 from graft.errors import ConfigError, Elsewhere, Interrupted
+from graft.runs import RunFolder
 
 SAVING_SECONDS = 600
 """How long processes that were asked to stop may take to save; torch's launcher would kill them after 30 s."""
@@ -61,17 +63,23 @@ def launch(processes: int, settings: Train) -> int:
     except SignalException:  # the processes have said what was saved
         raise Elsewhere(Interrupted.exit_code) from None
     except ChildFailedError as error:
-        return _exit_code(error.failures)
+        return _exit_code({rank: failure.exitcode for rank, failure in error.failures.items()}, settings.out)
     return 0
 
 
-def _exit_code(failures: dict[int, ProcessFailure]) -> int:
-    """The code with which the processes ended; those that were killed are named, since they could not speak."""
-    codes = {rank: failure.exitcode for rank, failure in failures.items()}
-    killed = {rank: code for rank, code in codes.items() if code < 0}
-    said = [code for code in codes.values() if code > 0]
-    for rank, code in killed.items():
-        hint = "; was the host out of memory?" if code == -signal.SIGKILL else ""
-        if not said:
-            fail(f"rank {rank} was ended by {signal.Signals(-code).name}{hint}")
-    return min(said) if said else 1
+def _exit_code(codes: Mapping[int, int], out: str | None) -> int:
+    """The code of a run whose processes ended so, by rank; those that were killed are named: they could not speak.
+
+    torch's launcher ends the others when one has failed, so their SIGTERM, and what they make of it, says nothing.
+    """
+    said = [code for code in codes.values() if code in (2, 3, 4)]
+    if said:
+        return min(said)
+    saved = out is not None and any(RunFolder(Path(out)).checkpoints.glob("step-*"))
+    killed = {rank: -code for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM}
+    if killed:
+        names = ", ".join(f"rank {rank} by {signal.Signals(number).name}" for rank, number in killed.items())
+        hint = "; was the host out of memory?" if signal.SIGKILL in killed.values() else ""
+        there = f". Continue with: graft train --resume {out}" if saved else ". There is no checkpoint: start again"
+        fail(f"ended from outside: {names}{hint}{there}")
+    return 5 if saved else 1

@@ -30,7 +30,7 @@ from graft.model.shard import local
 from graft.runs import RunFolder, write_atomic
 from graft.tokens.tree import total_weight
 from graft.train.average import EMA, LIVE, Average, live_tensors, load_live
-from graft.train.checkpoint import State, load_state, set_aside_after
+from graft.train.checkpoint import State, find_damage, load_state, set_aside_after
 from graft.train.environment import describe_environment
 from graft.train.foresee import explained_out_of_memory, foresee, is_small
 from graft.train.formats import refuse_base, trained_in
@@ -77,7 +77,12 @@ def _train(settings: Train, ranks: Ranks) -> RunFolder:
     refuse_base(settings)
     refuse_with_ranks(settings, ranks)
     recipe = fingerprint(settings)
-    settings, run = open_together(settings, ranks)
+    with contextlib.ExitStack() as held:
+        settings, run = open_together(settings, ranks, held)
+        return _train_in(run, settings, ranks, recipe)
+
+
+def _train_in(run: RunFolder, settings: Train, ranks: Ranks, recipe: str) -> RunFolder:
     with stop_requests() as stop, explained_disk_errors(run):
         try:
             prepared = prepare_together(settings, run, ranks)
@@ -255,12 +260,21 @@ class Fit:
             )
         best = self.state.best_step
         if self.settings.patience is not None and best is not None and best != self.state.step:
-            note(f"final/ holds the weights of step {best}, which had the best validation loss")
-            self._go_back(self.run.checkpoints / f"step-{best}")
+            damage = self.ranks.from_first("the best checkpoint", lambda: self._damage_of(best) or "")
+            if damage:
+                warn(f"{damage}; final/ holds the last weights instead of the best")
+            else:
+                note(f"final/ holds the weights of step {best}, which had the best validation loss")
+                self._go_back(self.run.checkpoints / f"step-{best}")
         self.average.keep()
         self.keeper.final(self.final_dtype)
         if self.stepper.skipped:
             warn(f"{self.stepper.skipped} of {self.total_steps} steps were skipped because they were not finite")
+
+    def _damage_of(self, step: int) -> str | None:
+        checkpoint = self.run.checkpoints / f"step-{step}"
+        damage = find_damage(checkpoint) if checkpoint.is_dir() else "is not there"
+        return damage and f"{checkpoint}, which had the best validation loss: {damage}"
 
     def save(self) -> None:
         """A checkpoint of this moment; older ones than `keep_last` go, never the best."""
@@ -376,6 +390,10 @@ class Fit:
     def _restore(self, checkpoint: Path) -> None:
         state, tensors = load_state(checkpoint)
         self._load_tensors(tensors, state.optimizer)
+        if state.best_step is not None and self.settings.patience is not None and self.ranks.first:
+            damage = self._damage_of(state.best_step)
+            if damage is not None:
+                warn(f"{damage}; final/ will hold better weights than those only if the run finds some")
         self.state = self.keeper.saved = state
         self.sentinels.load(state.sentinels)
         if isinstance(self.settings.resume, str) and self.ranks.first:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import yaml
 from graft.config.train import Train, load_train
 from graft.console import note, warn
 from graft.errors import InputError
-from graft.runs import RunFolder, make_writable, new_run_folder, newest_run, run_name, write_atomic
+from graft.runs import RunFolder, locked, make_writable, new_run_folder, newest_run, run_name, write_atomic
 from graft.train.checkpoint import (
     clear_up,
     newest_checkpoint,
@@ -26,16 +27,20 @@ from graft.train.checkpoint import (
 )
 
 
-def open_run(settings: Train) -> tuple[Train, RunFolder]:
+def open_run(settings: Train, held: ExitStack | None = None) -> tuple[Train, RunFolder]:
     """The run folder and every effective setting; a resumed run keeps its date and its rows.
 
+    Nobody else can open it as long as `held` is open.
+
     Raises:
-        InputError: the folder cannot be written, holds another run, or holds none to resume.
+        InputError: the folder cannot be written, is another process's, holds another run, or holds none to resume.
     """
     name = f"{Path(settings.model).name}-{Path(settings.data[0].path).stem}"
     if settings.resume == "auto":
         settings = _whatever_is_there(settings, name)
     run = new_run_folder(settings.out, name)
+    if held is not None and run.root.is_dir():  # before anything in it is looked at: it may be in use
+        held.enter_context(locked(run))
     if run.begun() and not settings.resume:
         raise InputError(
             f"{run.root}: holds a run already; continue it with graft train --resume {run.root}, or choose another "
@@ -45,7 +50,10 @@ def open_run(settings: Train) -> tuple[Train, RunFolder]:
         raise InputError(f"{run.root}: holds a model; choose another out=DIR, so that no file of it is touched")
     if settings.resume and not run.exists():
         raise InputError(f"{run.root}: there is no run to resume; start it without --resume")
+    new = not run.root.is_dir()
     make_writable(run.root)
+    if held is not None and new:
+        held.enter_context(locked(run))
     clear_up(run)
     if settings.resume:
         settings = _as_begun(settings, load_train(run.config))
@@ -62,7 +70,7 @@ def _whatever_is_there(settings: Train, name: str) -> Train:
     if settings.out is not None:
         there: RunFolder | None = RunFolder(Path(settings.out))
     else:
-        there = newest_run(Path("runs"), f"{run_name(name)}*")
+        there = newest_run(Path("runs"), run_name(name))
     if there is None or not there.exists():
         note("resume: auto finds no run yet, so this one begins")
         return settings.model_copy(update={"resume": False})

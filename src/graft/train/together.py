@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from graft.model.device import pick_device
 from graft.model.ranks import Ranks
 from graft.runs import RunFolder
 from graft.tokens.plan import Plan
-from graft.tokens.store import open_stored
+from graft.tokens.store import open_stored, refuse_unwritable_cache
 from graft.train.open_run import open_run, place_to_resume
 from graft.train.preflight import look_at_each_other
 from graft.train.prepare import Prepared, prepare, renderer_of
@@ -83,21 +83,23 @@ def refuse_with_ranks(settings: Train, ranks: Ranks) -> None:
             raise ConfigError(text)
 
 
-def open_together(settings: Train, ranks: Ranks) -> tuple[Train, RunFolder]:
+def open_together(settings: Train, ranks: Ranks, held: ExitStack) -> tuple[Train, RunFolder]:
     """The run folder and the effective settings, the same for all; a restarted run continues by itself.
+
+    The folder is locked as long as `held` is open.
 
     Raises:
         InputError: see `open_run`.
     """
     if ranks.size == 1:
-        return open_run(settings)
+        return open_run(settings, held)
     if not ranks.first:
         hush()
     if ranks.restarts and settings.out is not None and RunFolder(Path(settings.out)).begun():
         settings = settings.model_copy(update={"resume": True})
 
     def opened() -> str:
-        found, run = open_run(settings)
+        found, run = open_run(settings, held)
         return found.model_copy(update={"out": str(run.root.resolve())}).model_dump_json()
 
     found = Train.model_validate_json(ranks.from_first("run", opened))
@@ -110,9 +112,12 @@ def prepare_together(settings: Train, run: RunFolder, ranks: Ranks) -> Prepared:
     Raises:
         InputError, DataRefused: see `prepare`.
     """
+    if ranks.size == 1:
+        return prepare(settings, run)
     made: list[Prepared] = []
 
     def make() -> str:
+        refuse_unwritable_cache()  # one process could do without
         made.append(prepare(settings, run))
         return _described(made[0])
 

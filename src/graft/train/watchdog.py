@@ -92,7 +92,7 @@ class Watchdog:
 
     def _watch(self, store: Store) -> None:
         tick = 0
-        while not self._over.wait(TICK):
+        while tick == 0 or not self._over.wait(TICK):
             tick += 1
             with suppress(dist.DistError):  # the store's host is gone, or about to be
                 self._say(store, tick)
