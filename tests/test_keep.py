@@ -696,3 +696,27 @@ def test_killed_runs_come_to_the_same_end():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout
     assert '"kills": 6' in done.stdout
+
+
+@pytest.mark.parametrize("how", ["damaged", "gone"])
+def test_a_best_checkpoint_that_cannot_serve_is_said_and_final_holds_the_last_weights(base, tmp_path, capfd, how):
+    options = ("lr=0.2", "epochs=20", "eval_every=2", "patience=2", "lora.dropout=0")
+    run = train(settings_for(base, tmp_path, *options))
+    best = min((row for row in run.read_metrics() if row["kind"] == "val"), key=lambda row: row["loss"])["step"]
+    newest = max(checkpoints(run), key=step_of)
+    assert step_of(newest) > best > 0
+    shutil.rmtree(run.final)
+    file = run.checkpoints / f"step-{best}" / "adapter_model.safetensors"
+    if how == "gone":
+        shutil.rmtree(file.parent)
+    else:
+        content = bytearray(file.read_bytes())
+        content[-4000:] = bytes(4000)
+        file.write_bytes(content)
+    capfd.readouterr()
+    train(settings_for(base, tmp_path, *options, "resume=true"))
+    said = capfd.readouterr().err
+    assert f"step-{best}, which had the best validation loss: " in said
+    assert "final/ holds the last weights instead of the best" in said
+    kept, last = load_file(run.final / file.name), load_file(newest / file.name)
+    assert all(torch.equal(kept[name], value) for name, value in last.items())
