@@ -202,6 +202,8 @@ EXACT = {
     "PVERA": {"r": 4}, "SUPERTUNING": {}, "TINYLORA": {}, "UNILORA": {},
 }  # fmt: skip
 """Every kind of PEFT that tunes weights and is not refused, with options that fit a tiny model."""
+ROUNDING = {"FOURIERFT": 5e-4}
+"""It makes scores of over a thousand, whose last digit is 1e-4: against fp64 plain attention in fp32 is 9e-5 off too."""
 
 
 def _peft(kind: str, options: dict):
@@ -225,7 +227,7 @@ def test_a_kind_of_peft_is_exact_on_trees_and_loads_elsewhere(tmp_path, kind):
     error = sum(float((found[name] - g).norm() ** 2) for name, g in wanted.items())
     assert size > 0
     assert found.keys() == wanted.keys()
-    assert (error / size) ** 0.5 < 1e-5
+    assert (error / size) ** 0.5 < ROUNDING.get(kind, 1e-5)
     model.eval().save_pretrained(tmp_path, save_embedding_layers=False)
     lm.base.set_attn_implementation("sdpa")
     fresh = make_model(ON_TREES["llama"])

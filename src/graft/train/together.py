@@ -55,32 +55,43 @@ def refuse_with_ranks(settings: Train, ranks: Ranks) -> None:
     Raises:
         ConfigError: names the setting and the nearest one that can.
     """
-    if ranks.size == 1:
-        return
-    instead = f"with {ranks.size} processes"
-    wrong = {
-        f"optimizer={settings.optimizer} looks at whole weights, which no process has {instead}; use one of "
-        f"{', '.join(SHARDED_OPTIMIZERS)}": settings.optimizer not in SHARDED_OPTIMIZERS,
-        f"optimizer_in_backward is for one process; {instead} shard_ranks=all holds a part of the gradients each, so "
-        "set it to false": settings.optimizer_in_backward,
-        f"master_weights={settings.master_weights} is for one process; use fp32 {instead}": settings.master_weights
-        != "fp32",
-        f"router_aux_loss balances the experts over a whole step, which is not done {instead}; leave it out": (
-            settings.router_aux_loss is not None
-        ),
-        f"row_tokens=auto and checkpointing=auto ask one process's memory; give a value {instead}": (
-            "auto" in (settings.row_tokens, settings.checkpointing)
-        ),
-        f"checkpointing=selective probes whole weights, which no process has {instead}; use full or none": (
-            settings.checkpointing == "selective"
-        ),
-        f"compile=true is for one process; use compile=false {instead}": settings.compile is True,
-        "out is not given, but the launcher restarts processes that fail: a restarted run could not find itself; set "
-        "out=DIR": settings.out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0,
-    }
-    for text, is_wrong in wrong.items():
-        if is_wrong:
-            raise ConfigError(text)
+    if ranks.size > 1:
+        wrong = next((text for text in _not_by_several(settings) if text), None)
+        if wrong:
+            raise ConfigError(f"with {ranks.size} processes: {wrong}")
+
+
+def _not_by_several(s: Train) -> Iterator[str | bool]:
+    """Sentences about settings that need one process; anything false where they do not."""
+    yield (
+        s.optimizer not in SHARDED_OPTIMIZERS
+        and f"optimizer={s.optimizer} looks at whole weights, which no process has; use one of "
+        f"{', '.join(SHARDED_OPTIMIZERS)}"
+    )
+    yield (
+        s.optimizer_in_backward
+        and "optimizer_in_backward is for one process; each holds a part of the gradients already: set it to false"
+    )
+    yield s.master_weights != "fp32" and f"master_weights={s.master_weights} is for one process; use fp32"
+    yield (
+        s.router_aux_loss is not None
+        and "router_aux_loss balances the experts over a whole step, which several processes do not do; leave it out"
+    )
+    yield (
+        "auto" in (s.row_tokens, s.checkpointing)
+        and "row_tokens=auto and checkpointing=auto ask one process's memory; give a value"
+    )
+    yield (
+        s.checkpointing == "selective"
+        and "checkpointing=selective probes whole weights, which no process has; use full or none"
+    )
+    yield s.compile is True and "compile=true is for one process; use compile=false"
+    yield (
+        s.out is None
+        and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+        and "out is not given, but the launcher restarts processes that fail: a restarted run could not find itself; "
+        "set out=DIR"
+    )
 
 
 def open_together(settings: Train, ranks: Ranks, held: ExitStack) -> tuple[Train, RunFolder]:
