@@ -203,7 +203,7 @@ EXACT = {
 }  # fmt: skip
 """Every kind of PEFT that tunes weights and is not refused, with options that fit a tiny model."""
 ROUNDING = {"FOURIERFT": 5e-4}
-"""It makes scores of over a thousand, whose last digit is 1e-4: against fp64 plain attention in fp32 is 9e-5 off too."""
+"""It makes scores of over a thousand, whose last digit is 1e-4: plain attention in fp32 is 9e-5 off fp64 there."""
 
 
 def _peft(kind: str, options: dict):
