@@ -25,6 +25,7 @@ from graft.errors import InputError, Interrupted
 from graft.model import save as model_save
 from graft.model.tensor_file import FORMATS, Spec, find_difference, in_file_order, write_mapping, write_tensors
 from graft.runs import RunFolder, newest_run, write_manifest
+from graft.train import fit as fit_module
 from graft.train import loop, rehearse, save, space
 from graft.train.background import Background
 from graft.train.checkpoint import (
@@ -393,7 +394,7 @@ def test_one_job_at_a_time_and_its_error_once():
     ("module", "name", "said"),
     [
         (loop, "prepare_together", "start again"),
-        (loop, "load_for_training", "start again"),
+        (fit_module, "load_for_training", "start again"),
         (rehearse, "_reload", "start again"),
         (save, "find_fault", "checkpoint saved"),
         (save, "put_in_place", "checkpoint saved"),
@@ -469,7 +470,7 @@ def test_resume_auto_begins_goes_on_and_says_when_all_is_done(base, tmp_path, mo
     run = train(settings)
     assert [path.name for path in Path("runs").iterdir()] == [run.root.name]
     assert "resuming after step 4 of 8" in capsys.readouterr().err
-    monkeypatch.setattr(loop, "load_for_training", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(fit_module, "load_for_training", lambda *_: pytest.fail("weights were read"))
     assert train(settings).root == run.root
     assert "is finished already" in capsys.readouterr().err
     ended = RunFolder(run.root.resolve())

@@ -24,6 +24,7 @@ from graft.config.train import Train, load_train
 from graft.errors import DataRefused, Diverged, InputError, Interrupted
 from graft.runs import RunFolder
 from graft.train import checkpoint as checkpoint_module
+from graft.train import fit as fit_module
 from graft.train import loop
 from graft.train import save as save_module
 from graft.train import validate as validate_module
@@ -377,7 +378,7 @@ def test_a_source_with_weight_two_is_seen_twice(base, tmp_path):
 
 
 def test_too_many_rejects_refuse_the_run_before_any_weight_is_read(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "load_for_training", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(fit_module, "load_for_training", lambda *_: pytest.fail("weights were read"))
     rows = make_conversations(20)
     rows[3]["messages"] = rows[3]["messages"][:1]
     write_rows(tmp_path / "data.jsonl", rows)
@@ -388,7 +389,7 @@ def test_too_many_rejects_refuse_the_run_before_any_weight_is_read(base, tmp_pat
 
 
 def test_mistakes_are_named_before_any_weight_is_read(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "load_for_training", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(fit_module, "load_for_training", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(InputError, match="nowhere"):
         train(settings_for(base, tmp_path, "data=nowhere.jsonl"))
     with pytest.raises(DataRefused, match="too long|max_length"):
