@@ -58,7 +58,9 @@ def test_a_run_learns_and_its_folder_is_complete(base, tmp_path, method):
     assert validations[0]["tokens"] == validations[-1]["tokens"] > 0
     steps = [row for row in rows if row["kind"] == "train"]
     assert [row["step"] for row in steps] == list(range(1, 17))
-    assert all(row["sharing"] > 1.05 for row in steps), "a second turn goes on where the first one ended"
+    shared = [row["sharing"] for row in steps]
+    assert min(shared) >= 1
+    assert sum(shared) / len(shared) > 1.05, "a second turn goes on where the first one ended"
     assert all(row["tokens_trained"] > 0 and row["tokens_per_s"] > 0 and row["memory_gib"] > 0 for row in steps)
     for name in ("config.yaml", "environment.json", "rejects.jsonl", "trace.jsonl", "data/val.jsonl"):
         assert (run.root / name).is_file(), name

@@ -39,21 +39,11 @@ def open_run(settings: Train, held: ExitStack | None = None) -> tuple[Train, Run
     if settings.resume == "auto":
         settings = _whatever_is_there(settings, name)
     run = new_run_folder(settings.out, name)
-    if held is not None and run.root.is_dir():  # before anything in it is looked at: it may be in use
-        held.enter_context(locked(run))
-    if run.begun() and not settings.resume:
-        raise InputError(
-            f"{run.root}: holds a run already; continue it with graft train --resume {run.root}, or choose another "
-            "out=DIR"
-        )
-    if not run.exists() and any((run.root / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise InputError(f"{run.root}: holds a model; choose another out=DIR, so that no file of it is touched")
-    if settings.resume and not run.exists():
-        raise InputError(f"{run.root}: there is no run to resume; start it without --resume")
-    new = not run.root.is_dir()
+    _refuse_folder(run, settings)
     make_writable(run.root)
-    if held is not None and new:
+    if held is not None:
         held.enter_context(locked(run))
+        _refuse_folder(run, settings)  # again, now that nobody else can begin there
     clear_up(run)
     if settings.resume:
         settings = _as_begun(settings, load_train(run.config))
@@ -63,6 +53,18 @@ def open_run(settings: Train, held: ExitStack | None = None) -> tuple[Train, Run
         "row_tokens": "auto" if settings.row_tokens == "auto" else settings.row_budget,
     }
     return with_date(settings).model_copy(update=effective), run
+
+
+def _refuse_folder(run: RunFolder, settings: Train) -> None:
+    if run.begun() and not settings.resume:
+        raise InputError(
+            f"{run.root}: holds a run already; continue it with graft train --resume {run.root}, or choose another "
+            "out=DIR"
+        )
+    if not run.exists() and any((run.root / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise InputError(f"{run.root}: holds a model; choose another out=DIR, so that no file of it is touched")
+    if settings.resume and not run.exists():
+        raise InputError(f"{run.root}: there is no run to resume; start it without --resume")
 
 
 def _whatever_is_there(settings: Train, name: str) -> Train:
