@@ -273,9 +273,9 @@ class Fit:
         tokens = sum(len(example.ids) for example in examples)
         update = Update(sums, weight, lr, mine.nodes, tokens, time.perf_counter() - started)
         self.log.add(update, self.stepper)
-        if self.settings.trace:
-            of_all = [rows_of_rank(self.lm, examples, budget, self.ranks, rank) for rank in range(self.ranks.size)]
-            self.log.write_trace(step, examples, of_all)
+        if self.settings.trace and self.ranks.first:
+            others = [rows_of_rank(self.lm, examples, budget, self.ranks, rank) for rank in range(1, self.ranks.size)]
+            self.log.write_trace(step, examples, [mine.rows, *others])
         return update
 
     def _validate(self, stop: threading.Event) -> bool:
