@@ -167,10 +167,12 @@ def _reopened(text: str, settings: Train) -> Prepared:
 
 
 @contextmanager
-def joined(settings: Train, run: RunFolder, made_of: Mapping[str, str], ranks: Ranks, recipe: str) -> Iterator[Here]:
+def joined(
+    settings: Train, run: RunFolder, made_of: Mapping[str, str], ranks: Ranks, recipe: Mapping[str, str]
+) -> Iterator[Here]:
     """This process's device, with the connections to the others open, looked at, and watched.
 
-    `recipe` is the fingerprint of what this process was told to do.
+    `recipe` is what this process was told to do, by setting.
     """
     device = pick_device(settings.device)
     if ranks.size > 1 and device.type != "cpu":
