@@ -81,10 +81,6 @@ def _not_by_several(s: Train) -> Iterator[str | bool]:
         "auto" in (s.row_tokens, s.checkpointing)
         and "row_tokens=auto and checkpointing=auto ask one process's memory; give a value"
     )
-    yield (
-        s.checkpointing == "selective"
-        and "checkpointing=selective probes whole weights, which no process has; use full or none"
-    )
     yield s.compile is True and "compile=true is for one process; use compile=false"
     yield (
         s.out is None
