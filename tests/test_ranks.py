@@ -223,7 +223,6 @@ def test_a_process_that_hangs_is_named_and_the_run_ends(base, tmp_path, capfd, h
         "optimizer=muon",
         "optimizer=adamw_8bit",
         "row_tokens=auto",
-        "checkpointing=auto",
         "router_aux_loss=0.1",
         "compile=true",
     ],

@@ -4,6 +4,7 @@ tests/test_ranks.py has those that do not.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ from test_ranks import assert_same_course, run_on, settings_for
 from tiny import ON_TREES, make_model, make_model_folder
 from together import together
 
-from graft.config.train import Lora
+from graft.config.train import Lora, Train
 from graft.model.adapters import add_lora
 from graft.model.device import Precision
 from graft.model.ranks import ranks_from_environment
 from graft.model.remember import Mode, note_recipes, remember
 from graft.model.shard import mesh_of, shard
 from graft.model.trees import TreeLM, fuse_modules
+from graft.runs import RunFolder
+from graft.train import checkpointing, load
 from graft.train.checkpointing import activation_bytes_per_token
 from graft.train.loop import train
 
@@ -65,3 +68,29 @@ def test_a_spread_model_keeps_to_the_byte_what_a_whole_one_does(method):
     whole = kept_by_mode(method, spread=False)
     assert whole[0] > whole[1] > whole[2]
     assert together(2, kept_by_mode_of_a_spread_one, method) == [whole, whole]
+
+
+def run_with_little_memory_in_the_last(rank: int, settings: Train, little: int) -> Mode:
+    """What each process chose, where a token keeps 1,000 bytes with nothing computed again and 500 with recipes."""
+    bytes_per_token, chosen = iter([1000.0, 500.0]), []
+    choose = load.remember_what_fits
+
+    def noted(*args: Any) -> Mode:
+        chosen.append(choose(*args))
+        return chosen[0]
+
+    checkpointing.activation_bytes_per_token = lambda _lm, _precision: next(bytes_per_token)
+    checkpointing.BYTES_PER_TRAINED = 0
+    free = little * settings.row_budget / checkpointing.SHARE
+    checkpointing.free_bytes = lambda _device: 2 * (free if rank else 1e12)
+    load.remember_what_fits = noted
+    train(settings)
+    return chosen[0]
+
+
+@pytest.mark.parametrize(("little", "wanted"), [(1001, "none"), (700, "selective"), (400, "full")])
+def test_the_process_with_the_least_memory_decides_for_all(base, tmp_path, little, wanted):
+    alone = train(settings_for(base, tmp_path, "alone"))
+    settings = settings_for(base, tmp_path, "two", "checkpointing=auto")
+    assert together(2, run_with_little_memory_in_the_last, settings, little) == [wanted, wanted]
+    assert_same_course(alone, RunFolder(Path(str(settings.out))))

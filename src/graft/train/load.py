@@ -83,12 +83,12 @@ def load_for_training(
     if ranks.size > 1:
         if fuse:
             fuse_modules(model)  # while their weights are whole: some are compared with what they replace
-        if settings.checkpointing == "selective":
+        if settings.checkpointing in ("selective", "auto"):
             note_recipes(model)
         enter = _spread(model, settings, precision, device, ranks)
     lm = tree_model(model, settings, computing, fuse and ranks.size == 1, enter)
     if settings.checkpointing == "auto":
-        remember_what_fits(lm, precision, settings.row_budget, every, offload)
+        remember_what_fits(lm, precision, settings.row_budget, every, offload, ranks)
     elif settings.checkpointing == "selective" or offload:
         mode: Mode = "selective" if settings.checkpointing == "selective" else "none"
         remember(model, mode, every, offload, written=ranks.size > 1)

@@ -77,10 +77,7 @@ def _not_by_several(s: Train) -> Iterator[str | bool]:
         s.router_aux_loss is not None
         and "router_aux_loss balances the experts over a whole step, which several processes do not do; leave it out"
     )
-    yield (
-        "auto" in (s.row_tokens, s.checkpointing)
-        and "row_tokens=auto and checkpointing=auto ask one process's memory; give a value"
-    )
+    yield (s.row_tokens == "auto" and "row_tokens=auto asks one process's memory; give a number")
     yield s.compile is True and "compile=true is for one process; use compile=false"
     yield (
         s.out is None
