@@ -220,16 +220,13 @@ def test_a_process_that_hangs_is_named_and_the_run_ends(base, tmp_path, capfd, h
 @pytest.mark.parametrize(
     "setting",
     [
-        "optimizer=muon",
-        "optimizer=adamw_8bit",
         "row_tokens=auto",
         "router_aux_loss=0.1",
         "compile=true",
     ],
 )
 def test_what_several_processes_cannot_do_is_refused_before_anything_is_read(base, tmp_path, setting):
-    changes = [setting, "method=full"] if "muon" in setting else [setting]
-    settings = settings_for(base, tmp_path, "run", *changes)
+    settings = settings_for(base, tmp_path, "run", setting)
     refuse_with_ranks(settings, Ranks())
     with pytest.raises(ConfigError, match=setting.split("=")[0]):
         refuse_with_ranks(settings, Ranks(size=2))

@@ -3,12 +3,14 @@
 tests/test_ranks.py has those that do not.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from test_ranks import assert_same_course, run_on, settings_for
+from test_ranks import assert_same_course, numbers, run_on, settings_for
 from tiny import ON_TREES, make_model, make_model_folder
 from together import together
 
@@ -94,3 +96,32 @@ def test_the_process_with_the_least_memory_decides_for_all(base, tmp_path, littl
     settings = settings_for(base, tmp_path, "two", "checkpointing=auto")
     assert together(2, run_with_little_memory_in_the_last, settings, little) == [wanted, wanted]
     assert_same_course(alone, RunFolder(Path(str(settings.out))))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "within"),
+    [("adamw_8bit", 1e-6), ("adafactor", 1e-6), ("galore", 1e-6), ("apollo", 1e-6), ("muon", 5e-5)],
+)
+def test_optimizers_that_look_at_whole_weights(base, tmp_path, optimizer, within):
+    """Muon rounds to bf16 on its way, so that one process in rows of another length is as far off as several are."""
+    settings = ["method=full", "lr=1e-3", f"optimizer={optimizer}"]
+    if optimizer in ("galore", "apollo"):
+        settings.append("optimizer_options={rank: 8, update_proj_gap: 2}")
+    alone = train(settings_for(base, tmp_path, "alone", *settings))
+    found = numbers(run_on(4, settings_for(base, tmp_path, "four", *settings, "shard_ranks=2")))
+    np.testing.assert_allclose(found, numbers(alone), rtol=within)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw_8bit"])
+def test_their_states_go_on_with_another_number_of_processes(base, tmp_path, optimizer):
+    settings = ["lr=1e-3", f"optimizer={optimizer}", "save_every=2", "keep_last=99"]
+    alone = train(settings_for(base, tmp_path, "alone", *settings))
+    begun = RunFolder(tmp_path / "begun")
+    for size, until in ((2, 2), (3, 4), (1, 99)):
+        settings_of_leg = settings_for(base, tmp_path, "begun", *settings, "resume=auto")
+        assert (run_on(size, settings_of_leg) if size > 1 else train(settings_of_leg)).final.is_dir()
+        np.testing.assert_allclose(numbers(begun), numbers(alone), rtol=5e-5)
+        shutil.rmtree(begun.final)
+        for checkpoint in begun.checkpoints.iterdir():
+            if int(checkpoint.name.removeprefix("step-")) > until:
+                shutil.rmtree(checkpoint)

@@ -29,9 +29,6 @@ from graft.train.preflight import look_at_each_other
 from graft.train.prepare import Prepared, prepare, renderer_of
 from graft.train.watchdog import Watchdog
 
-SHARDED_OPTIMIZERS = ("adamw", "lion", "sgd", "schedule_free_adamw")
-"""Those that treat each number of a weight by itself, so that a part of a weight is treated as the whole one is."""
-
 
 class Here(NamedTuple):
     """What a process has once it is connected to the others."""
@@ -63,11 +60,6 @@ def refuse_with_ranks(settings: Train, ranks: Ranks) -> None:
 
 def _not_by_several(s: Train) -> Iterator[str | bool]:
     """Sentences about settings that need one process; anything false where they do not."""
-    yield (
-        s.optimizer not in SHARDED_OPTIMIZERS
-        and f"optimizer={s.optimizer} looks at whole weights, which no process has; use one of "
-        f"{', '.join(SHARDED_OPTIMIZERS)}"
-    )
     yield (
         s.optimizer_in_backward
         and "optimizer_in_backward is for one process; each holds a part of the gradients already: set it to false"
