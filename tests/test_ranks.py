@@ -221,7 +221,6 @@ def test_a_process_that_hangs_is_named_and_the_run_ends(base, tmp_path, capfd, h
     "setting",
     [
         "row_tokens=auto",
-        "router_aux_loss=0.1",
         "compile=true",
     ],
 )

@@ -4,6 +4,7 @@ tests/test_ranks.py has those that do not.
 """
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from test_ranks import assert_same_course, numbers, run_on, settings_for
 from tiny import ON_TREES, make_model, make_model_folder
 from together import together
+from transformers import MixtralConfig
 
 from graft.config.train import Lora, Train
 from graft.model.adapters import add_lora
@@ -21,7 +23,7 @@ from graft.model.ranks import ranks_from_environment
 from graft.model.remember import Mode, note_recipes, remember
 from graft.model.shard import mesh_of, shard
 from graft.model.trees import TreeLM, fuse_modules
-from graft.runs import RunFolder
+from graft.runs import RunFolder, read_jsonl
 from graft.train import checkpointing, load
 from graft.train.checkpointing import activation_bytes_per_token
 from graft.train.loop import train
@@ -125,3 +127,23 @@ def test_their_states_go_on_with_another_number_of_processes(base, tmp_path, opt
         for checkpoint in begun.checkpoints.iterdir():
             if int(checkpoint.name.removeprefix("step-")) > until:
                 shutil.rmtree(checkpoint)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_balance_of_experts_is_that_of_all_processes(tmp_path, method):
+    """Rows of 48 tokens, so that some processes have a row less than others; and a coefficient that is felt."""
+    moe = make_model_folder(tmp_path / "moe", MixtralConfig, num_local_experts=4)
+    settings = [f"method={method}", "router_aux_loss=0.5", "encode.max_length=48", "row_tokens=48", "batch_size=7"]
+    alone = train(settings_for(moe, tmp_path, "alone", *settings))
+    three = run_on(3, settings_for(moe, tmp_path, "three", *settings))
+    assert_same_course(alone, three)
+    counts = [Counter(row["rank"] for row in step["rows"]) for step in read_jsonl(three.trace)]
+    assert any(len(set(its.values())) > 1 for its in counts), "no process had to compute a row for nothing"
+    names = ("router_aux_loss", "expert_load_max")
+    found, wanted = (
+        [[row[name] for name in names] for row in run.read_metrics() if row["kind"] == "train"]
+        for run in (three, alone)
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    plain = train(settings_for(moe, tmp_path, "plain", *settings[:1], *settings[2:]))
+    assert not np.allclose(numbers(plain), numbers(alone), rtol=1e-4), "the balance changes nothing here"

@@ -20,6 +20,7 @@ from graft.model.trees import TreeLM
 from graft.train.loss import PLAIN, Objective, Summed, row_loss
 from graft.train.noise import noisy_embedding
 from graft.train.sentinels import Sentinels
+from graft.train.share import MyRows
 from graft.types import Row
 
 MOST_SKIPPED = 5
@@ -46,6 +47,8 @@ class StepSums(NamedTuple):
     """Of the gradient, before clipping."""
     answers: tuple[float, ...] = ()
     """To what the sentinels asked."""
+    aux: float = 0.0
+    """Load-balancing loss, without its coefficient."""
 
     @classmethod
     def read(
@@ -55,18 +58,21 @@ class StepSums(NamedTuple):
         device: torch.device,
         asked: Sequence[Tensor] = (),
         ranks: Ranks = ALONE,
+        aux: Sequence[Tensor] = (),
     ) -> StepSums:
         """Add up what rows gave, in all processes; here the host waits for the device, once.
 
-        `norm` is that of the whole gradient already; what is asked is added up over the processes too.
+        `norm` is that of the whole gradient already; what is asked is added up over the processes too, and so are the
+        rows' parts `aux` of the load-balancing loss.
         """
-        scalars = [*(sums for row in rows for sums in row), *(one.to(device, torch.float32) for one in (norm, *asked))]
-        read = torch.stack(scalars).tolist()
+        others = [one.to(device, torch.float32) for one in (norm, *asked, *aux)]
+        read = torch.stack([*(sums for row in rows for sums in row), *others]).tolist()
         count = 2 * len(rows)
         of_rows, found, answers = read[:count], read[count], read[count + 1 :]
+        answers[len(asked) :] = [sum(answers[len(asked) :], 0.0)]
         mine = torch.tensor([sum(of_rows[0::2], 0.0), sum(of_rows[1::2], 0.0), *answers], dtype=torch.float64)
-        loss, nll, *answered = ranks.sum(mine).tolist()
-        return cls(loss, nll, found, tuple(answered))
+        loss, nll, *answered, balance = ranks.sum(mine).tolist()
+        return cls(loss, nll, found, tuple(answered), balance)
 
 
 class Stepper:
@@ -101,7 +107,7 @@ class Stepper:
         self.routed: Routed | None = None
         """What the routers did with the tokens of the step at hand; None until that is known."""
         self.aux_of_rows: list[Tensor] = []
-        """Each row's part of the step's load-balancing loss, without its coefficient."""
+        """The part of the step's load-balancing loss of each row of this process, without its coefficient."""
         self.sentinels: Sentinels | None = None
         """What asks for further scalars to be read with a step's sums."""
         self.skipped = 0
@@ -110,21 +116,25 @@ class Stepper:
 
     @property
     def aux(self) -> float:
-        """Load-balancing loss of the step, without its coefficient."""
+        """Load-balancing loss of this process's rows of the step, without its coefficient."""
         return float(sum(self.aux_of_rows, torch.zeros(())))
 
-    def count_experts(self, rows: Sequence[Row], step: int) -> None:
+    def count_experts(self, mine: MyRows, step: int) -> None:
         """Run the rows of a step once to see which experts they choose: the balance is that of the whole step.
 
-        Only where it is trained and there are several rows; a lone row knows all by itself.
+        Only where it is trained and there are several rows; a lone row of a lone process knows all by itself.
         """
         self.routed, self.aux_of_rows = None, []
-        if self.router is None or len(rows) == 1:
+        if self.router is None or (len(mine.rows) == 1 and self.ranks.size == 1):
             return
-        for number, row in enumerate(rows):
+        for index, row in enumerate([*mine.rows, *mine.idle]):
             with torch.no_grad():
-                _, found = self._row_loss(row, (step, number))
+                _, found = self._row_loss(row, (step, mine.number_of(index)))
+            if found is not None and index >= len(mine.rows):
+                found = found.times(0)
             self.routed = found if self.routed is None or found is None else self.routed.plus(found)
+        if self.routed is not None:
+            self.routed = self.routed.everywhere(self.ranks)
 
     def accumulate(self, row: Row, number: tuple[int, int], weight: float) -> RowSums:
         """Add the gradient of one row's share of the step's mean loss; returns the row's sums.
@@ -182,7 +192,7 @@ class Stepper:
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = everywhere(torch.nn.utils.get_total_norm(gradients))
         asked = [] if self.sentinels is None else self.sentinels.questions()
-        sums = StepSums.read(rows, norm, self.lm.device, asked, self.ranks)
+        sums = StepSums.read(rows, norm, self.lm.device, asked, self.ranks, self.aux_of_rows)
         finite = math.isfinite(sums.loss) and math.isfinite(sums.norm)
         if finite and self.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip, norm)

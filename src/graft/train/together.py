@@ -65,10 +65,6 @@ def _not_by_several(s: Train) -> Iterator[str | bool]:
         and "optimizer_in_backward is for one process; each holds a part of the gradients already: set it to false"
     )
     yield s.master_weights != "fp32" and f"master_weights={s.master_weights} is for one process; use fp32"
-    yield (
-        s.router_aux_loss is not None
-        and "router_aux_loss balances the experts over a whole step, which several processes do not do; leave it out"
-    )
     yield (s.row_tokens == "auto" and "row_tokens=auto asks one process's memory; give a number")
     yield s.compile is True and "compile=true is for one process; use compile=false"
     yield (
