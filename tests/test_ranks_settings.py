@@ -5,6 +5,7 @@ tests/test_ranks.py has those that do not.
 
 import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from transformers import MixtralConfig
 
 from graft.config.train import Lora, Train
 from graft.model.adapters import add_lora
+from graft.model.compile import compile_layers
 from graft.model.device import Precision
 from graft.model.ranks import ranks_from_environment
 from graft.model.remember import Mode, note_recipes, remember
 from graft.model.shard import mesh_of, shard
 from graft.model.trees import TreeLM, fuse_modules
 from graft.runs import RunFolder, read_jsonl
-from graft.train import checkpointing, load
+from graft.train import checkpointing, computing, load
 from graft.train.checkpointing import activation_bytes_per_token
 from graft.train.loop import train
 
@@ -147,3 +149,34 @@ def test_the_balance_of_experts_is_that_of_all_processes(tmp_path, method):
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
     plain = train(settings_for(moe, tmp_path, "plain", *settings[:1], *settings[2:]))
     assert not np.allclose(numbers(plain), numbers(alone), rtol=1e-4), "the balance changes nothing here"
+
+
+def train_compiled(rank: int, settings: Train, backend: str) -> int:
+    """How many graphs were made."""
+    from torch._dynamo.utils import counters
+
+    computing.compile_layers = partial(compile_layers, backend=backend)
+    torch._dynamo.reset()
+    counters.clear()
+    train(settings)
+    return int(counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "backend"),
+    [
+        ("method=full", "aot_eager"),
+        ("checkpointing=full", "aot_eager"),
+        pytest.param("method=full", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_layers_of_spread_weights(base, tmp_path, setting, backend):
+    """Of two layers the first: the last one is left as it is (model/compile.py)."""
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("NOT TESTED: no C++ compiler")
+    alone, two = (settings_for(base, tmp_path, out, setting, "max_steps=3", "compile=true") for out in ("one", "two"))
+    (wanted,) = together(1, train_compiled, alone, backend)
+    graphs = together(2, train_compiled, two, backend)
+    assert graphs[0] == graphs[1], graphs
+    assert 0 < graphs[0] <= wanted, "weights that come and go are no other weights to the compiler"
+    assert_same_course(*(RunFolder(Path(str(settings.out))) for settings in (alone, two)))

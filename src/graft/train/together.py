@@ -66,7 +66,6 @@ def _not_by_several(s: Train) -> Iterator[str | bool]:
     )
     yield s.master_weights != "fp32" and f"master_weights={s.master_weights} is for one process; use fp32"
     yield (s.row_tokens == "auto" and "row_tokens=auto asks one process's memory; give a number")
-    yield s.compile is True and "compile=true is for one process; use compile=false"
     yield (
         s.out is None
         and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
