@@ -26,9 +26,10 @@ from graft.model.remember import Mode, note_recipes, remember
 from graft.model.shard import mesh_of, shard
 from graft.model.trees import TreeLM, fuse_modules
 from graft.runs import RunFolder, read_jsonl
-from graft.train import checkpointing, computing, load
+from graft.train import checkpointing, computing, load, step
 from graft.train.checkpointing import activation_bytes_per_token
 from graft.train.loop import train
+from graft.train.step import Stepper
 
 FP32 = Precision(torch.float32, torch.float32, torch.float32)
 CPU = torch.device("cpu")
@@ -180,3 +181,58 @@ def test_compiled_layers_of_spread_weights(base, tmp_path, setting, backend):
     assert graphs[0] == graphs[1], graphs
     assert 0 < graphs[0] <= wanted, "weights that come and go are no other weights to the compiler"
     assert_same_course(*(RunFolder(Path(str(settings.out))) for settings in (alone, two)))
+
+
+def train_counting_sums(_rank: int, settings: Train, few: float) -> tuple[list[int], list[int]]:
+    """For each step how many rows were computed, and how often gradients were added up between processes."""
+    rows, sums = [0], [0]
+    step.FEW = few
+    backward, update = Stepper._backward, Stepper.update
+    scatter, reduce = torch.distributed.reduce_scatter_single, torch.distributed.all_reduce
+
+    def counted_backward(self: Stepper, loss: torch.Tensor) -> None:
+        rows[-1] += 1
+        backward(self, loss)
+
+    def counted_scatter(*args: Any, **more: Any) -> Any:
+        sums[-1] += 1
+        return scatter(*args, **more)
+
+    def counted_reduce(tensor: torch.Tensor, *args: Any, **more: Any) -> Any:
+        sums[-1] += "group" in more and tensor.numel() > 100  # gradients, and not the norm's parts
+        return reduce(tensor, *args, **more)
+
+    def counted_update(self: Stepper, *args: Any) -> Any:
+        made = update(self, *args)
+        rows.append(0)
+        sums.append(0)
+        return made
+
+    Stepper._backward, Stepper.update = counted_backward, counted_update
+    torch.distributed.reduce_scatter_single, torch.distributed.all_reduce = counted_scatter, counted_reduce
+    train(settings)
+    return rows[:-1], sums[:-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "few", "times"),
+    [
+        (["method=lora"], 1.0, lambda rows: 2),  # two layers have adapters: each is added up once
+        (["method=lora"], 0.0, lambda rows: 2 * rows),
+        (["method=lora", "shard_ranks=1"], 1.0, lambda rows: 2),
+        (["method=full", "shard_ranks=1"], 0.0, lambda rows: 3),  # two layers; and embedding, norm and head
+        (["method=full", "shard_ranks=2"], 0.0, lambda rows: 3 * rows + 3),  # within a copy for each row
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_gradients_are_added_up_once_per_step(base, tmp_path, settings, few, times):
+    size = 4 if "shard_ranks=2" in settings else 2
+    common = ["encode.max_length=48", "row_tokens=48", f"batch_size={6 * size}", "max_steps=3"]
+    alone = train(settings_for(base, tmp_path, "alone", *common, *[s for s in settings if "shard" not in s]))
+    several = settings_for(base, tmp_path, "several", *common, *settings)
+    found = together(size, train_counting_sums, several, few)
+    assert_same_course(alone, RunFolder(Path(str(several.out))))
+    assert all(its == found[0] for its in found), "idle rows count too"
+    rows, sums = found[0]
+    assert max(rows) >= 3
+    assert sums == [times(count) for count in rows], (rows, sums)

@@ -88,6 +88,19 @@ def shard(
     return enter
 
 
+def sum_gradients(model: nn.Module, last: bool, few: bool) -> None:
+    """Say whether the next backward pass is the last one of a step, after which gradients are whole.
+
+    Before it the sum between copies waits in any case: a process keeps the gradients of its own part, as it would
+    anyway. Where `few` weights are trained no gradient leaves its process before: each then holds all of them.
+    """
+    if isinstance(model, FSDPModule):
+        if few:
+            model.set_requires_gradient_sync(last)
+        else:
+            model.set_requires_all_reduce(last)
+
+
 def _divisible(parameter: nn.Parameter) -> bool:
     return type(parameter) is nn.Parameter and parameter.is_floating_point()
 

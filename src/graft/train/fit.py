@@ -255,13 +255,16 @@ class Fit:
         set_learning_rate(self.optimizer, lr)
         of_rows = []
         self.stepper.count_experts(mine, step)
+        count = len(mine.rows) + len(mine.idle)
         for index, row in enumerate(mine.rows):
+            self.stepper.row_follows(index + 1 < count)
             of_rows.append(self.stepper.accumulate(row, (step, mine.number_of(index)), weight))
             self.watchdog.beat(f"step {step + 1}, row {index + 1}", patience)
             if stop.is_set() and self.stepper.revocable and self.ranks.size == 1:
                 break
         for index, row in enumerate(mine.idle, len(mine.rows)):
-            self.stepper.idle(row, (step, 0))
+            self.stepper.row_follows(index + 1 < count)
+            self.stepper.idle(row, (step, 0), weight)
             self.watchdog.beat(f"step {step + 1}, row {index + 1}", patience)
         if self.stepper.revocable and self.ranks.any(stop.is_set()):
             self.stepper.discard()

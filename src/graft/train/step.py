@@ -15,7 +15,7 @@ from graft.model.attention import TreeRow
 from graft.model.device import Precision
 from graft.model.ranks import ALONE, Ranks
 from graft.model.router import Routed, RouterWatch, share_of_aux
-from graft.model.shard import everywhere, local
+from graft.model.shard import everywhere, local, sum_gradients
 from graft.model.trees import TreeLM
 from graft.train.loss import PLAIN, Objective, Summed, row_loss
 from graft.train.noise import noisy_embedding
@@ -23,6 +23,8 @@ from graft.train.sentinels import Sentinels
 from graft.train.share import MyRows
 from graft.types import Row
 
+FEW = 0.02
+"""Up to this share of a model's weights, all their gradients beside a part of the weights are little."""
 MOST_SKIPPED = 5
 """So many non-finite steps in a row end the run."""
 
@@ -112,6 +114,9 @@ class Stepper:
         """What asks for further scalars to be read with a step's sums."""
         self.skipped = 0
         self.skipped_in_a_row = 0
+        trained = sum(parameter.numel() for parameter in parameters.values())
+        self.few = trained <= FEW * sum(parameter.numel() for parameter in lm.model.parameters())
+        """Whether so little is trained that gradients are added up between processes once per step, not per row."""
         self.scaler = torch.amp.GradScaler(lm.device.type, enabled=precision.scaled)
 
     @property
@@ -155,9 +160,15 @@ class Stepper:
             self._backward(loss)
         return RowSums(summed.loss.detach(), summed.nll.detach())
 
-    def idle(self, row: Row, number: tuple[int, int]) -> None:
-        """Compute a row for nothing: each process must pass through the model as often as the others."""
-        self._backward(self._row_loss(row, number)[0].loss * 0.0)
+    def row_follows(self, follows: bool) -> None:
+        """Say before each row whether another one of this step follows, in any process."""
+        sum_gradients(self.lm.model, not follows, self.few)
+
+    def idle(self, row: Row, number: tuple[int, int], weight: float) -> None:
+        """Compute a row for nothing: each process must pass through the model as often as the others, and back."""
+        summed, _ = self._row_loss(row, number)
+        if weight:
+            self._backward(summed.loss * 0.0)
 
     def _row_loss(self, row: Row, number: tuple[int, int]) -> tuple[Summed, Routed | None]:
         """A row's sums and what its routers did, where that is asked for."""
