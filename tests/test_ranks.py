@@ -91,6 +91,7 @@ def test_two_processes_are_one(base, tied, tmp_path, how):
         "shard_ranks=2",
         "shard_ranks=host",
         "checkpointing=full",
+        "checkpointing=selective",
         "trees=false",
         "ema=0.9",
         "optimizer=lion",
@@ -228,21 +229,9 @@ def test_a_process_that_hangs_is_named_and_the_run_ends(base, tmp_path, capfd, h
     assert said.count("The run is ended") == 1
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "optimizer=muon",
-        "optimizer=adamw_8bit",
-        "row_tokens=auto",
-        "checkpointing=auto",
-        "checkpointing=selective",
-        "router_aux_loss=0.1",
-        "compile=true",
-    ],
-)
+@pytest.mark.parametrize("setting", ["row_tokens=auto"])
 def test_what_several_processes_cannot_do_is_refused_before_anything_is_read(base, tmp_path, setting):
-    changes = [setting, "method=full"] if "muon" in setting else [setting]
-    settings = settings_for(base, tmp_path, "run", *changes)
+    settings = settings_for(base, tmp_path, "run", setting)
     refuse_with_ranks(settings, Ranks())
     with pytest.raises(ConfigError, match=setting.split("=")[0]):
         refuse_with_ranks(settings, Ranks(size=2))

@@ -19,6 +19,7 @@ from graft.model.unreached import not_plainly_linear, stacked_experts
 from graft.runs import read_jsonl
 from graft.tokens.tree import build_rows, total_weight
 from graft.train.loop import train
+from graft.train.share import MyRows
 from graft.train.step import Stepper
 
 COEFFICIENT = 0.5  # large, so that a wrong balance is a wrong gradient
@@ -58,7 +59,7 @@ def by_graft(model, examples, row_tokens: int) -> tuple[float, float, dict[str, 
     stepper.router = router
     rows = build_rows(examples, row_tokens, share=lm.on_trees)
     weight = total_weight(examples)
-    stepper.count_experts(rows, 0)
+    stepper.count_experts(MyRows(rows, [], sum(map(len, rows))), 0)
     nll = sum(float(stepper.accumulate(row, (0, n), weight).nll) for n, row in enumerate(rows)) / weight
     gradients = {n: p.grad.clone() for n, p in parameters.items() if p.grad is not None}
     assert stepper.routed is not None

@@ -170,6 +170,14 @@ class Ranks:
         """Whether it is so in any process."""
         return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag))) > 0)
 
+    def least(self, number: float) -> float:
+        """The smallest of a number over all processes."""
+        if self.size == 1:
+            return number
+        found = torch.tensor(number, dtype=torch.float64)
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+        return float(found)
+
     def counts(self, *mine: int) -> list[list[int]]:
         """Some numbers of each process, in the order of their ranks."""
         if self.size == 1:

@@ -28,12 +28,14 @@ from graft.model.recipes import keeping_recipes, write_recipes
 Mode = Literal["none", "selective", "full"]
 
 
-def remember(model: PreTrainedModel | PeftModel, mode: Mode, every: int = 1, offload: bool = False) -> None:
+def remember(
+    model: PreTrainedModel | PeftModel, mode: Mode, every: int = 1, offload: bool = False, written: bool = False
+) -> None:
     """Set what a model keeps between forward and backward; once per model, after everything else was done to it.
 
     `selective` keeps recipes of what is cheap to make again (model/recipes.py), `full` keeps the inputs of every
     `every`-th decoder layer and runs that layer again. `offload` moves what is kept to the host's memory. What one
-    mode sets stays when another is set over it.
+    mode sets stays when another is set over it. `written` says that the recipes are noted already (`note_recipes`).
 
     Raises:
         ConfigError: the model has no decoder layers that can be run again.
@@ -53,12 +55,20 @@ def remember(model: PreTrainedModel | PeftModel, mode: Mode, every: int = 1, off
                 # embeddings require a gradient, which only the older, reentrant kind of checkpointing needs.
                 layer.gradient_checkpointing = True
                 layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-    if mode == "selective":
+    if mode == "selective" and not written:
         write_recipes(base)
     if mode == "selective" or offload:
         store = HostStore(next(base.parameters()).device) if offload else None
         decoder: nn.Module = base.base_model
         decoder.forward = MethodType(_with_recipes(decoder.forward, store), decoder)
+
+
+def note_recipes(model: PreTrainedModel | PeftModel) -> None:
+    """Let a model's modules note their recipes before its weights are spread: each is tried on a few numbers for it.
+
+    Nothing is kept otherwise until `remember` says so.
+    """
+    write_recipes(plain(model))
 
 
 def _with_recipes(forward: Callable[..., Any], store: HostStore | None) -> Callable[..., Any]:

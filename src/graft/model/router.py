@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from graft.errors import ConfigError
 from graft.model.attention import TreeRow
+from graft.model.ranks import Ranks
 from graft.model.trees import TreeLM, probe_row
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
@@ -42,6 +43,20 @@ class Routed:
     def plus(self, other: Routed) -> Routed:
         """Of both rows together."""
         return Routed(self.chosen + other.chosen, self.probability + other.probability, self.tokens + other.tokens)
+
+    def times(self, factor: float) -> Routed:
+        """As if there were so many times the tokens."""
+        return Routed(self.chosen * factor, self.probability * factor, self.tokens * factor)
+
+    def everywhere(self, ranks: Ranks) -> Routed:
+        """Of the rows of all processes; its probability has no gradient."""
+        if ranks.size == 1:
+            return self
+        lone = self.chosen.new_tensor([self.tokens])
+        mine = torch.cat([self.chosen.flatten(), self.probability.detach().double(), lone])
+        *counts, tokens = ranks.sum(mine.cpu()).split([self.chosen.numel(), self.probability.numel(), 1])
+        chosen, probability = (count.to(mine.device) for count in counts)
+        return Routed(chosen.view_as(self.chosen), probability.to(self.probability.dtype), float(tokens))
 
     @property
     def heaviest(self) -> float:

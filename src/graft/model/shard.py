@@ -8,6 +8,7 @@ the loss is divided by the weight of the whole step already. Knows modules and p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
 from graft.errors import ConfigError
@@ -87,6 +88,19 @@ def shard(
     return enter
 
 
+def sum_gradients(model: nn.Module, last: bool, few: bool) -> None:
+    """Say whether the next backward pass is the last one of a step, after which gradients are whole.
+
+    Before it the sum between copies waits in any case: a process keeps the gradients of its own part, as it would
+    anyway. Where `few` weights are trained no gradient leaves its process before: each then holds all of them.
+    """
+    if isinstance(model, FSDPModule):
+        if few:
+            model.set_requires_gradient_sync(last)
+        else:
+            model.set_requires_all_reduce(last)
+
+
 def _divisible(parameter: nn.Parameter) -> bool:
     return type(parameter) is nn.Parameter and parameter.is_floating_point()
 
@@ -123,6 +137,45 @@ def like(parameter: Tensor, value: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Holders:
+    """Where this process stands among those that hold a spread tensor: its part of it, and which of the copies."""
+
+    part: int
+    of_copy: int
+    """Parts of a copy."""
+    within: dist.ProcessGroup
+    """The processes of this copy."""
+    copy: int = 0
+    copies: int = 1
+    between: dist.ProcessGroup | None = None
+    """The processes that hold the same part; None where there is one copy."""
+
+    @property
+    def number(self) -> int:
+        """Of this process among all, those of the first copy first."""
+        return self.copy * self.of_copy + self.part
+
+    @property
+    def count(self) -> int:
+        """Of all processes."""
+        return self.copies * self.of_copy
+
+
+def holders_of(tensor: DTensor) -> Holders | None:
+    """Who holds a tensor that is spread by its rows over one group of processes; None for other ways."""
+    mesh, placements = tensor.device_mesh, tensor.placements
+    by_rows = [dim for dim, placement in enumerate(placements) if placement == Shard(0)]
+    copied = [dim for dim, placement in enumerate(placements) if placement.is_replicate()]
+    if len(by_rows) != 1 or len(copied) > 1 or len(by_rows) + len(copied) != len(placements):
+        return None
+    (row,) = by_rows
+    found = Holders(mesh.get_local_rank(row), mesh.size(row), mesh.get_group(row))
+    for dim in copied:
+        found = replace(found, copy=mesh.get_local_rank(dim), copies=mesh.size(dim), between=mesh.get_group(dim))
+    return found
 
 
 def gathered(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

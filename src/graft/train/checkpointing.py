@@ -9,7 +9,9 @@ from graft.console import note
 from graft.model.adapters import trainable
 from graft.model.attention import TreeRow
 from graft.model.device import Precision, free_bytes
+from graft.model.ranks import ALONE, Ranks
 from graft.model.remember import Mode, kept_bytes, remember
+from graft.model.shard import local
 from graft.model.trees import TreeLM
 from graft.types import Example
 
@@ -20,17 +22,20 @@ BYTES_PER_TRAINED = 12
 """Of a trained weight, beside itself: its gradient and AdamW's two moments, in fp32."""
 
 
-def remember_what_fits(lm: TreeLM, precision: Precision, row_tokens: int, every: int, offload: bool) -> Mode:
+def remember_what_fits(
+    lm: TreeLM, precision: Precision, row_tokens: int, every: int, offload: bool, ranks: Ranks = ALONE
+) -> Mode:
     """Set and return the first of none, selective and full with which a row of `row_tokens` nodes fits.
 
     Activations grow with the number of tokens, so those of a row of 128 are measured. `full` is not held against the
-    memory: there is nothing behind it but smaller rows.
+    memory: there is nothing behind it but smaller rows. Of several processes the one with least room decides for all.
     """
-    free = free_bytes(lm.device)
-    room = SHARE * (free - BYTES_PER_TRAINED * sum(p.numel() for p in trainable(lm.model).values()))
+    free = free_share(lm.device, ranks)
+    trained = sum(local(p).numel() for p in trainable(lm.model).values())
+    room = ranks.least(SHARE * (free - BYTES_PER_TRAINED * trained))
     modes: tuple[Mode, ...] = ("none", "selective")
     for mode in modes:
-        remember(lm.model, mode, every, offload)
+        remember(lm.model, mode, every, offload, written=ranks.size > 1)
         needed = activation_bytes_per_token(lm, precision) * row_tokens
         said = f"{needed / 2**30:.1f} GiB for a row of {row_tokens} tokens, {room / 2**30:.1f} GiB free for it"
         if needed <= room:
@@ -39,6 +44,11 @@ def remember_what_fits(lm: TreeLM, precision: Precision, row_tokens: int, every:
     remember(lm.model, "full", every)
     note(f"checkpointing: full (with selective, activations of {said})")
     return "full"
+
+
+def free_share(device: torch.device, ranks: Ranks) -> float:
+    """Memory that this process can still have: the processes of a host share what is not an accelerator's own."""
+    return free_bytes(device) / (ranks.on_host if device.type in ("cpu", "mps") else 1)
 
 
 def activation_bytes_per_token(lm: TreeLM, precision: Precision) -> float:

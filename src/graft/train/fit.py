@@ -48,7 +48,7 @@ from graft.train.rehearse import rehearse_save
 from graft.train.rows import look_at_rows
 from graft.train.schedule import learning_rate
 from graft.train.sentinels import Sentinels, Step
-from graft.train.share import rows_of_rank, rows_of_step
+from graft.train.share import MyRows, rows_of_rank, rows_of_step
 from graft.train.signals import Stop
 from graft.train.together import Here
 from graft.train.tuning import embeddings_of, make_stepper
@@ -133,7 +133,7 @@ class Fit:
                 if self.ranks.any(stop.is_set()):  # the loop sees it too, and saves
                     break
                 self.watchdog.beat("a rehearsal of the heaviest row", FIRST)
-                self.stepper.count_experts([row], self.state.step)  # forgets those of another row
+                self.stepper.count_experts(MyRows([row], [], len(row)), self.state.step)  # forgets those of another row
                 self.stepper.accumulate(row, (self.state.step, 0), 1.0)
                 self.stepper.discard()
         self.lm.model.train(training)
@@ -254,14 +254,17 @@ class Fit:
         lr = learning_rate(step, self.total_steps, self.settings)
         set_learning_rate(self.optimizer, lr)
         of_rows = []
-        self.stepper.count_experts(mine.rows, step)
+        self.stepper.count_experts(mine, step)
+        count = len(mine.rows) + len(mine.idle)
         for index, row in enumerate(mine.rows):
+            self.stepper.row_follows(index + 1 < count)
             of_rows.append(self.stepper.accumulate(row, (step, mine.number_of(index)), weight))
             self.watchdog.beat(f"step {step + 1}, row {index + 1}", patience)
             if stop.is_set() and self.stepper.revocable and self.ranks.size == 1:
                 break
         for index, row in enumerate(mine.idle, len(mine.rows)):
-            self.stepper.idle(row, (step, 0))
+            self.stepper.row_follows(index + 1 < count)
+            self.stepper.idle(row, (step, 0), weight)
             self.watchdog.beat(f"step {step + 1}, row {index + 1}", patience)
         if self.stepper.revocable and self.ranks.any(stop.is_set()):
             self.stepper.discard()

@@ -99,7 +99,7 @@ class BackwardStepper(Stepper):
         """
         norm = torch.linalg.vector_norm(torch.stack(self.norms)) if self.norms else torch.zeros(())
         asked = [] if self.sentinels is None else self.sentinels.questions()
-        sums = StepSums.read(rows, norm, self.lm.device, asked)
+        sums = StepSums.read(rows, norm, self.lm.device, asked, aux=self.aux_of_rows)
         self._count(math.isfinite(sums.loss), sums, weight, step, None)
         return sums
 

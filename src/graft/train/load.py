@@ -24,7 +24,7 @@ from graft.model.load import load_adapter, load_base, to_device
 from graft.model.lora_quantized import fuse_quantized_lora
 from graft.model.peft_kinds import kind_of, mutates_base, peft_config
 from graft.model.ranks import ALONE, Ranks
-from graft.model.remember import remember
+from graft.model.remember import Mode, note_recipes, remember
 from graft.model.shard import Enter, mesh_of, shard
 from graft.model.trees import TreeLM, at_once, fuse_modules
 from graft.model.unreached import stacked_experts
@@ -83,12 +83,15 @@ def load_for_training(
     if ranks.size > 1:
         if fuse:
             fuse_modules(model)  # while their weights are whole: some are compared with what they replace
+        if settings.checkpointing in ("selective", "auto"):
+            note_recipes(model)
         enter = _spread(model, settings, precision, device, ranks)
     lm = tree_model(model, settings, computing, fuse and ranks.size == 1, enter)
     if settings.checkpointing == "auto":
-        remember_what_fits(lm, precision, settings.row_budget, every, offload)
+        remember_what_fits(lm, precision, settings.row_budget, every, offload, ranks)
     elif settings.checkpointing == "selective" or offload:
-        remember(model, "selective" if settings.checkpointing == "selective" else "none", every, offload)
+        mode: Mode = "selective" if settings.checkpointing == "selective" else "none"
+        remember(model, mode, every, offload, written=ranks.size > 1)
     return Ready(lm, final_dtype, began)
 
 

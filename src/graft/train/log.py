@@ -74,7 +74,7 @@ class Log:
         window.tokens += update.tokens
         window.seconds += update.seconds
         if stepper.routed is not None:
-            window.router_aux = stepper.aux
+            window.router_aux = update.sums.aux
             window.expert_load = stepper.routed.heaviest
 
     def write_steps(self, step: int, epoch: float, update: Update, stepper: Stepper) -> None:

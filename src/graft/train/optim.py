@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from graft.config.train import Train
 from graft.errors import ConfigError
 from graft.model.shard import like, whole
+from graft.train.dealt import Dealt
 from graft.train.optimizers import OPTIMIZERS, Group, Together
 
 PROJECTOR = "projector"
@@ -35,10 +37,13 @@ def make_optimizer(
         ConfigError: a pattern of `lr_patterns` is in no parameter's name.
     """
     groups = parameter_groups(parameters, embeddings, settings)
-    make = OPTIMIZERS[settings.optimizer].make
+    kind = OPTIMIZERS[settings.optimizer]
     if settings.optimizer_in_backward:
-        return Together([make([group | {"params": [p]}], settings) for group in groups for p in group["params"]])
-    return make(groups, settings)
+        return Together([kind.make([group | {"params": [p]}], settings) for group in groups for p in group["params"]])
+    spread = [p for group in groups if kind.whole(group) for p in group["params"]]
+    if spread and isinstance(spread[0], DTensor):
+        return Dealt(lambda its: kind.make(its, settings), groups, spread)
+    return kind.make(groups, settings)
 
 
 def parameter_groups(parameters: Mapping[str, nn.Parameter], embeddings: set[int], settings: Train) -> list[Group]:
@@ -93,12 +98,13 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, n
             # Eight-bit states share one table of what their numbers mean; a safetensors file shares nothing.
             tensors[name] = mine.clone() if mine.data_ptr() in seen else mine
             seen.add(mine.data_ptr())
-    return tensors
+    return tensors | _of_dealt(optimizer, parameters, tensors=True)
 
 
 def optimizer_numbers(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
     """The optimiser's numbers by the same names, and its groups' as `KEY/INDEX`; JSON keeps all of them exactly."""
     numbers = {name: value for name, value in _entries(optimizer, parameters) if not isinstance(value, Tensor)}
+    numbers |= _of_dealt(optimizer, parameters, tensors=False)
     for index, group in enumerate(optimizer.param_groups):
         numbers |= {f"{key}/{index}": value for key, value in group.items() if isinstance(value, bool | int | float)}
     return numbers
@@ -118,10 +124,14 @@ def load_optimizer_state(
             optimizer.param_groups[int(name)][key] = value
             continue
         parameter = parameters[name]
+        dealt = isinstance(optimizer, Dealt) and id(parameter) in optimizer.dealt
+        if isinstance(optimizer, Dealt) and dealt and id(parameter) not in optimizer.mine:
+            continue  # another process has it
         state = optimizer.state[parameter]
         put = value
         if isinstance(value, Tensor):
-            put = like(parameter, value) if value.dim() else value.clone()
+            whole_here = value.to(parameter.device) if dealt else like(parameter, value)
+            put = whole_here if value.dim() else value.clone()
         holder, _, attribute = key.partition(".")
         if holder == PROJECTOR:
             if PROJECTOR not in state:
@@ -131,20 +141,46 @@ def load_optimizer_state(
             state[key] = put
 
 
+def _of_dealt(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: bool
+) -> dict[str, Any]:
+    """The states of weights that were dealt to processes, in the first of them: the tensors, or the numbers."""
+    found: dict[str, Any] = {}
+    if isinstance(optimizer, Dealt):
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        for weight in optimizer.turns():
+            own = {} if weight is None else dict(_entries_of(optimizer, names[id(weight)], weight))
+            sent = {
+                name: value.cpu() if isinstance(value, Tensor) else value
+                for name, value in own.items()
+                if isinstance(value, Tensor) == tensors
+            }
+            for its in optimizer.to_first(sent):
+                found |= its
+    return found
+
+
 def _entries(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Iterable[tuple[str, Any]]:
-    """Every tensor and number of the state, with its name."""
+    """Every tensor and number of the state, with its name; without weights that were dealt to processes."""
+    dealt = optimizer.dealt if isinstance(optimizer, Dealt) else ()
     for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if key != PROJECTOR:
-                yield f"{key}/{name}", value
-                continue
-            for attribute, inner in vars(value).items():
-                if isinstance(inner, Tensor | int | float):
-                    yield f"{key}.{attribute}/{name}", inner
+        if id(parameter) not in dealt:
+            yield from _entries_of(optimizer, name, parameter)
+
+
+def _entries_of(optimizer: torch.optim.Optimizer, name: str, parameter: nn.Parameter) -> Iterable[tuple[str, Any]]:
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if key != PROJECTOR:
+            yield f"{key}/{name}", value
+            continue
+        for attribute, inner in vars(value).items():
+            if isinstance(inner, Tensor | int | float):
+                yield f"{key}.{attribute}/{name}", inner
 
 
 def _make_projector(optimizer: torch.optim.Optimizer, group: Group, state: Mapping[str, Any]) -> Any:
     """A projector without its matrix, as the optimiser itself makes it at its first step."""
+    optimizer = optimizer.rest if isinstance(optimizer, Dealt) else optimizer
     from apollo_torch import APOLLOAdamW
 
     if isinstance(optimizer, APOLLOAdamW):

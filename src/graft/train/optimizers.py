@@ -34,6 +34,8 @@ class Kind:
     """Names that `optimizer_options` may have."""
     package: str | None = None
     """What to install, where it is not part of torch."""
+    whole: Callable[[Group], bool] = lambda _group: False
+    """Whether it looks at the rows, columns, blocks or all of a group's weights, and not at each number by itself."""
 
 
 class Together(torch.optim.Optimizer):
@@ -52,6 +54,14 @@ class Together(torch.optim.Optimizer):
         """Update every part's parameters that have a gradient."""
         for part in self.parts:
             part.step(closure)
+
+
+def _all(_group: Group) -> bool:
+    return True
+
+
+def _hidden(group: Group) -> bool:
+    return bool(group["weights"] == "hidden")
 
 
 def _names(taken_by_settings: Sequence[str], *classes: Callable[..., Any]) -> Sequence[str]:
@@ -148,19 +158,28 @@ def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
 OPTIMIZERS: dict[str, Kind] = {
     "adamw": Kind(_adamw, lambda: _names(ADAM, torch.optim.AdamW)),
     "adamw_8bit": Kind(
-        _adamw_8bit, lambda: _names(ADAM, _package("bitsandbytes").optim.AdamW8bit), package="bitsandbytes"
+        _adamw_8bit,
+        lambda: _names(ADAM, _package("bitsandbytes").optim.AdamW8bit),
+        package="bitsandbytes",
+        whole=_all,
     ),
-    "adafactor": Kind(_adafactor, lambda: _names((), torch.optim.Adafactor)),
-    "muon": Kind(_muon, lambda: _names((), torch.optim.Muon)),
+    "adafactor": Kind(_adafactor, lambda: _names((), torch.optim.Adafactor), whole=_all),
+    "muon": Kind(_muon, lambda: _names((), torch.optim.Muon), whole=_hidden),
     "lion": Kind(_lion, lambda: _names((), _package("lion_pytorch").Lion), package="lion-pytorch"),
     "schedule_free_adamw": Kind(
         _schedule_free, lambda: _names(ADAM, _package("schedulefree").AdamWScheduleFree), package="schedulefree"
     ),
-    "galore": Kind(_galore, lambda: ("proj_type", "rank", "scale", "update_proj_gap"), package="galore-torch"),
+    "galore": Kind(
+        _galore,
+        lambda: ("proj_type", "rank", "scale", "update_proj_gap"),
+        package="galore-torch",
+        whole=_hidden,
+    ),
     "apollo": Kind(
         _apollo,
         lambda: ("proj", "proj_type", "rank", "scale", "scale_type", "update_proj_gap"),
         package="apollo-torch",
+        whole=_hidden,
     ),
     "sgd": Kind(_sgd, lambda: _names((), torch.optim.SGD)),
 }

@@ -15,13 +15,16 @@ from graft.model.attention import TreeRow
 from graft.model.device import Precision
 from graft.model.ranks import ALONE, Ranks
 from graft.model.router import Routed, RouterWatch, share_of_aux
-from graft.model.shard import everywhere, local
+from graft.model.shard import everywhere, local, sum_gradients
 from graft.model.trees import TreeLM
 from graft.train.loss import PLAIN, Objective, Summed, row_loss
 from graft.train.noise import noisy_embedding
 from graft.train.sentinels import Sentinels
+from graft.train.share import MyRows
 from graft.types import Row
 
+FEW = 0.02
+"""Up to this share of a model's weights, all their gradients beside a part of the weights are little."""
 MOST_SKIPPED = 5
 """So many non-finite steps in a row end the run."""
 
@@ -46,6 +49,8 @@ class StepSums(NamedTuple):
     """Of the gradient, before clipping."""
     answers: tuple[float, ...] = ()
     """To what the sentinels asked."""
+    aux: float = 0.0
+    """Load-balancing loss, without its coefficient."""
 
     @classmethod
     def read(
@@ -55,18 +60,21 @@ class StepSums(NamedTuple):
         device: torch.device,
         asked: Sequence[Tensor] = (),
         ranks: Ranks = ALONE,
+        aux: Sequence[Tensor] = (),
     ) -> StepSums:
         """Add up what rows gave, in all processes; here the host waits for the device, once.
 
-        `norm` is that of the whole gradient already; what is asked is added up over the processes too.
+        `norm` is that of the whole gradient already; what is asked is added up over the processes too, and so are the
+        rows' parts `aux` of the load-balancing loss.
         """
-        scalars = [*(sums for row in rows for sums in row), *(one.to(device, torch.float32) for one in (norm, *asked))]
-        read = torch.stack(scalars).tolist()
+        others = [one.to(device, torch.float32) for one in (norm, *asked, *aux)]
+        read = torch.stack([*(sums for row in rows for sums in row), *others]).tolist()
         count = 2 * len(rows)
         of_rows, found, answers = read[:count], read[count], read[count + 1 :]
+        answers[len(asked) :] = [sum(answers[len(asked) :], 0.0)]
         mine = torch.tensor([sum(of_rows[0::2], 0.0), sum(of_rows[1::2], 0.0), *answers], dtype=torch.float64)
-        loss, nll, *answered = ranks.sum(mine).tolist()
-        return cls(loss, nll, found, tuple(answered))
+        loss, nll, *answered, balance = ranks.sum(mine).tolist()
+        return cls(loss, nll, found, tuple(answered), balance)
 
 
 class Stepper:
@@ -101,30 +109,37 @@ class Stepper:
         self.routed: Routed | None = None
         """What the routers did with the tokens of the step at hand; None until that is known."""
         self.aux_of_rows: list[Tensor] = []
-        """Each row's part of the step's load-balancing loss, without its coefficient."""
+        """The part of the step's load-balancing loss of each row of this process, without its coefficient."""
         self.sentinels: Sentinels | None = None
         """What asks for further scalars to be read with a step's sums."""
         self.skipped = 0
         self.skipped_in_a_row = 0
+        trained = sum(parameter.numel() for parameter in parameters.values())
+        self.few = trained <= FEW * sum(parameter.numel() for parameter in lm.model.parameters())
+        """Whether so little is trained that gradients are added up between processes once per step, not per row."""
         self.scaler = torch.amp.GradScaler(lm.device.type, enabled=precision.scaled)
 
     @property
     def aux(self) -> float:
-        """Load-balancing loss of the step, without its coefficient."""
+        """Load-balancing loss of this process's rows of the step, without its coefficient."""
         return float(sum(self.aux_of_rows, torch.zeros(())))
 
-    def count_experts(self, rows: Sequence[Row], step: int) -> None:
+    def count_experts(self, mine: MyRows, step: int) -> None:
         """Run the rows of a step once to see which experts they choose: the balance is that of the whole step.
 
-        Only where it is trained and there are several rows; a lone row knows all by itself.
+        Only where it is trained and there are several rows; a lone row of a lone process knows all by itself.
         """
         self.routed, self.aux_of_rows = None, []
-        if self.router is None or len(rows) == 1:
+        if self.router is None or (len(mine.rows) == 1 and self.ranks.size == 1):
             return
-        for number, row in enumerate(rows):
+        for index, row in enumerate([*mine.rows, *mine.idle]):
             with torch.no_grad():
-                _, found = self._row_loss(row, (step, number))
+                _, found = self._row_loss(row, (step, mine.number_of(index)))
+            if found is not None and index >= len(mine.rows):
+                found = found.times(0)
             self.routed = found if self.routed is None or found is None else self.routed.plus(found)
+        if self.routed is not None:
+            self.routed = self.routed.everywhere(self.ranks)
 
     def accumulate(self, row: Row, number: tuple[int, int], weight: float) -> RowSums:
         """Add the gradient of one row's share of the step's mean loss; returns the row's sums.
@@ -145,9 +160,15 @@ class Stepper:
             self._backward(loss)
         return RowSums(summed.loss.detach(), summed.nll.detach())
 
-    def idle(self, row: Row, number: tuple[int, int]) -> None:
-        """Compute a row for nothing: each process must pass through the model as often as the others."""
-        self._backward(self._row_loss(row, number)[0].loss * 0.0)
+    def row_follows(self, follows: bool) -> None:
+        """Say before each row whether another one of this step follows, in any process."""
+        sum_gradients(self.lm.model, not follows, self.few)
+
+    def idle(self, row: Row, number: tuple[int, int], weight: float) -> None:
+        """Compute a row for nothing: each process must pass through the model as often as the others, and back."""
+        summed, _ = self._row_loss(row, number)
+        if weight:
+            self._backward(summed.loss * 0.0)
 
     def _row_loss(self, row: Row, number: tuple[int, int]) -> tuple[Summed, Routed | None]:
         """A row's sums and what its routers did, where that is asked for."""
@@ -182,7 +203,7 @@ class Stepper:
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = everywhere(torch.nn.utils.get_total_norm(gradients))
         asked = [] if self.sentinels is None else self.sentinels.questions()
-        sums = StepSums.read(rows, norm, self.lm.device, asked, self.ranks)
+        sums = StepSums.read(rows, norm, self.lm.device, asked, self.ranks, self.aux_of_rows)
         finite = math.isfinite(sums.loss) and math.isfinite(sums.norm)
         if finite and self.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip, norm)

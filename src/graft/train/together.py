@@ -29,9 +29,6 @@ from graft.train.preflight import look_at_each_other
 from graft.train.prepare import Prepared, prepare, renderer_of
 from graft.train.watchdog import Watchdog
 
-SHARDED_OPTIMIZERS = ("adamw", "lion", "sgd", "schedule_free_adamw")
-"""Those that treat each number of a weight by itself, so that a part of a weight is treated as the whole one is."""
-
 
 class Here(NamedTuple):
     """What a process has once it is connected to the others."""
@@ -64,28 +61,11 @@ def refuse_with_ranks(settings: Train, ranks: Ranks) -> None:
 def _not_by_several(s: Train) -> Iterator[str | bool]:
     """Sentences about settings that need one process; anything false where they do not."""
     yield (
-        s.optimizer not in SHARDED_OPTIMIZERS
-        and f"optimizer={s.optimizer} looks at whole weights, which no process has; use one of "
-        f"{', '.join(SHARDED_OPTIMIZERS)}"
-    )
-    yield (
         s.optimizer_in_backward
         and "optimizer_in_backward is for one process; each holds a part of the gradients already: set it to false"
     )
     yield s.master_weights != "fp32" and f"master_weights={s.master_weights} is for one process; use fp32"
-    yield (
-        s.router_aux_loss is not None
-        and "router_aux_loss balances the experts over a whole step, which several processes do not do; leave it out"
-    )
-    yield (
-        "auto" in (s.row_tokens, s.checkpointing)
-        and "row_tokens=auto and checkpointing=auto ask one process's memory; give a value"
-    )
-    yield (
-        s.checkpointing == "selective"
-        and "checkpointing=selective probes whole weights, which no process has; use full or none"
-    )
-    yield s.compile is True and "compile=true is for one process; use compile=false"
+    yield (s.row_tokens == "auto" and "row_tokens=auto asks one process's memory; give a number")
     yield (
         s.out is None
         and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
