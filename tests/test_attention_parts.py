@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from graft.model import attention, product
 from graft.model import lora as lora_layers
-from graft.model.attention import Shape, TreeRow, dense_attention, segment_attention
+from graft.model.attend import Shape
+from graft.model.attention import TreeRow, dense_attention, segment_attention
 from graft.model.attention_parts import BLOCK, Parts, block_size
 from graft.model.trees import TreeLM
 from graft.tokens.tree import build_rows, segments, visible

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from graft.model.attention import Shape, TreeRow, register
+from graft.model.attend import Shape
+from graft.model.attention import TreeRow, register
 from graft.model.compile import MOST_VERSIONS, keep_compiled
 from graft.model.device import send
 from graft.types import Row

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from graft.model.attention import Shape, TreeRow, register
+from graft.model.attend import Shape
+from graft.model.attention import TreeRow, register
 from graft.model.attention_flex import in_one_format
 from graft.model.device import send
 from graft.tokens.tree import path_starts
