@@ -23,6 +23,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from graft.model.attend import FASTER_IN_16_BITS, Shape, added_to_scores, attend
 from graft.model.attention_parts import Parts, attention_in_parts
+from graft.model.attention_pieces import Pieces, attention_of_pieces
+from graft.model.context import Share
 from graft.model.count import ATTENTION, part
 from graft.model.device import send
 from graft.model.row_mask import Form, RowMask, mask_function
@@ -31,6 +33,7 @@ from graft.types import Row
 
 SEGMENTS = "graft_segments"
 DENSE = "graft_dense"
+
 
 class RowMissing(RuntimeError):
     """A model's attention was called without the row, or for something that a row does not describe."""
@@ -56,6 +59,11 @@ class TreeRow:
     multiplicity: Tensor
     """[N] float32: number of examples that pass through each node."""
     segments: Segments
+    all_depth: Tensor
+    """[N] depth of every node of the row, computed here or by another process."""
+    share: Share | None = None
+    """What this process computes of a row that is split: all of the above but `segments` and `all_depth` are then of
+    its own n nodes, and predictors are numbered among them."""
     windows: set[int] = field(default_factory=set)
     """Sliding windows and chunks that the attention function was asked for, in tokens."""
     calls: int = 0
@@ -66,30 +74,48 @@ class TreeRow:
     """What a backend made of the row for all layers (a block mask, sequence lengths), by a key of its own."""
 
     @classmethod
-    def of(cls, row: Row, device: torch.device) -> TreeRow:
-        """Move a row's arrays to a device; the host does not wait until they are there."""
+    def of(cls, row: Row, device: torch.device, share: Share | None = None) -> TreeRow:
+        """Move a row's arrays, or what one process computes of them, to a device.
+
+        The host does not wait until they are there.
+        """
         nodes = targets(row)
+        predictors = row.parent[nodes]
+        mine: Any = slice(None)
+        if share is not None:
+            mine = share.nodes
+            here = share.place[predictors] >= 0
+            nodes, predictors = nodes[here], share.place[predictors[here]]
 
         def tensor(array: Any) -> Tensor:
             return send(array, device)
 
+        depth = tensor(row.depth).long()
         return cls(
             row=row,
-            ids=tensor(row.ids).long()[None],
-            depth=tensor(row.depth).long()[None],
-            predictors=tensor(row.parent[nodes]).long(),
-            asked=tensor(np.unique(row.parent[nodes])).long(),
+            ids=tensor(row.ids[mine]).long()[None],
+            depth=depth[None] if share is None else depth[share.queries][None],
+            predictors=tensor(predictors).long(),
+            # Of a split row another process may have all predictors; not every module takes no nodes at all.
+            asked=tensor(np.unique(predictors) if share is None or len(predictors) else np.zeros(1, np.int64)).long(),
             labels=tensor(row.ids[nodes]).long(),
             weights=tensor(row.weight[nodes]),
-            multiplicity=tensor(row.multiplicity).float(),
+            multiplicity=tensor(row.multiplicity[mine]).float(),
             segments=segments(row),
+            all_depth=depth,
+            share=share,
         )
 
 
 def segment_attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow, shape: Shape) -> Tensor:
-    """[1, H, N, D]: each unbranched run of nodes attends to its ancestors' keys and causally to its own."""
+    """[1, H, N, D]: each unbranched run of nodes attends to its ancestors' keys and causally to its own.
+
+    Of a split row the queries are those of some nodes, [1, H, n, D]; so they are for every backend.
+    """
     if _in_parts(query, value, tree, shape):
         return _attention_in_parts(query, key, value, tree, shape)
+    if tree.share is not None:
+        return _attention_of_share(query, key, value, tree, shape, tree.share)
     return _attention_by_run(query, key, value, tree, shape)
 
 
@@ -108,10 +134,19 @@ def _attention_in_parts(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow
     query, key, value = (tensor.to(form) for tensor in (query, key, value))
     name = ("parts", form)
     if name not in tree.prepared:
-        made = Parts.of(tree.segments)
+        made = Parts.of(tree.segments, None if tree.share is None else tree.share.held)
         tree.prepared[name] = made, made.mask(query)
     parts, mask = tree.prepared[name]
     return attention_in_parts(query, key, value, parts, mask, shape.scaling).to(wanted)
+
+
+def _attention_of_share(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow, shape: Shape, share: Share) -> Tensor:
+    name = ("pieces", shape.window, shape.chunk)
+    if name not in tree.prepared:
+        tree.prepared[name] = Pieces.of(tree.segments, share.held, shape.window, shape.chunk)
+    wanted = _format(query)
+    query, key, value = (tensor.to(wanted) for tensor in (query, key, value))
+    return attention_of_pieces(query, key, value, tree.prepared[name], shape)
 
 
 def _format(query: Tensor) -> torch.dtype:
@@ -169,13 +204,15 @@ def _path_in_window(cut: Segments, index: int, window: int | None) -> tuple[Sequ
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow, shape: Shape) -> Tensor:
     """[1, H, N, D] with the N x N mask written out: the definition, for tests."""
     seen = torch.as_tensor(visible(tree.row), device=query.device)
-    depth = tree.depth[0]
+    if tree.share is not None:
+        seen = seen[tree.share.queries]
+    own, depth = tree.depth[0], tree.all_depth
     if shape.window is not None:
-        seen &= depth[:, None] - depth[None, :] < shape.window
+        seen &= own[:, None] - depth[None, :] < shape.window
     if shape.chunk is not None:
-        seen &= depth[:, None] // shape.chunk == depth[None, :] // shape.chunk
+        seen &= own[:, None] // shape.chunk == depth[None, :] // shape.chunk
     bias = torch.zeros(1, 1, 1) if shape.slopes is None else shape.slopes[:, None, None].cpu() * depth.float().cpu()
-    added = bias.to(query).expand(-1, len(depth), len(depth)).masked_fill(~seen, -torch.inf)
+    added = bias.to(query).expand(-1, len(own), len(depth)).masked_fill(~seen, -torch.inf)
     return attend(query, key, value, shape, False, added)
 
 
@@ -184,10 +221,22 @@ BACKENDS: dict[str, Compute] = {}
 
 
 def register(name: str, compute: Compute) -> None:
-    """Make a backend known: to `BACKENDS`, and to the models of transformers under the same name."""
-    BACKENDS[name] = compute
-    AttentionInterface.register(name, _for_transformers(compute))
+    """Make a backend known: to `BACKENDS`, and to the models of transformers under the same name.
+
+    Of a split row it is given the queries of this process's nodes, and the keys and values of all.
+    """
+    BACKENDS[name] = _with_all_keys(compute)
+    AttentionInterface.register(name, _for_transformers(BACKENDS[name]))
     AttentionMaskInterface.register(name, mask_function)
+
+
+def _with_all_keys(compute: Compute) -> Compute:
+    def attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow, shape: Shape) -> Tensor:
+        if tree.share is None:
+            return compute(query, key, value, tree, shape)
+        return tree.share.attend(lambda keys, values: compute(query, keys, values, tree, shape), key, value)
+
+    return attention
 
 
 def _for_transformers(compute: Compute) -> Any:
