@@ -24,7 +24,7 @@ from tiny import (
     write_rows,
 )
 from together import together
-from transformers import Llama4TextConfig, Phi3Config
+from transformers import Llama4TextConfig, MixtralConfig, Phi3Config
 
 from graft.errors import ConfigError
 from graft.model import context as context_module
@@ -472,3 +472,10 @@ def test_a_rehearsal_of_saving_computes_no_long_row_whole():
     assert len(short.ids) == len(short.weights) == 1024
     assert short.weights.sum() == 1023, "a prompt alone would have no logits to compare"
     assert beginning(short, 1024) is short
+
+
+def test_the_balance_of_experts_counts_every_node_of_a_split_row_once(tmp_path):
+    moe = make_model_folder(tmp_path / "moe", MixtralConfig, num_local_experts=4)
+    also = ["router_aux_loss=0.5", "encode.max_length=64", "row_tokens=64"]
+    alone = train(settings_for(moe, tmp_path, "alone", *also))
+    assert_same_course(alone, run_on(4, settings_for(moe, tmp_path, "four", *also, "context_ranks=2")))
