@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from graft.errors import ConfigError
 from graft.model.adapters import decoder_layers, plain
 from graft.model.ranks import Ranks
+from graft.model.shard_packed import make_divisible
 
 T = TypeVar("T")
 Enter = Callable[[Callable[[], T]], T]
@@ -56,11 +57,12 @@ def shard(
 ) -> Enter[Any]:
     """Spread a model over a mesh, in place; returns what must surround whatever computes with its weights.
 
-    Weights that are no plain floating-point tensors (quantised ones) stay whole in every process. `compute` is the
-    format in which trained weights travel and compute, None as they are kept; gradients always travel in fp32.
+    Quantised weights of a format that model/shard_packed.py does not know stay whole in every process. `compute` is
+    the format in which trained weights travel and compute, None as they are kept; gradients always travel in fp32.
     `offload` keeps the parts in the host's memory between uses.
     """
-    whole = {parameter for parameter in model.parameters() if not _divisible(parameter)}
+    packed = make_divisible(model)
+    whole = {parameter for parameter in model.parameters() if parameter not in packed and not _divisible(parameter)}
     how: dict[str, Any] = {
         "mesh": mesh,
         "ignored_params": whole,
