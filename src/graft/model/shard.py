@@ -53,19 +53,21 @@ def mesh_of(ranks: Ranks, device: torch.device, holders: int) -> DeviceMesh:
 
 
 def shard(
-    model: PreTrainedModel | PeftModel, mesh: DeviceMesh, compute: torch.dtype | None = None, offload: bool = False
+    model: PreTrainedModel | PeftModel,
+    mesh: DeviceMesh,
+    compute: torch.dtype | None = None,
+    offload: bool = False,
+    fill: Callable[[nn.Module], None] = lambda _module: None,
 ) -> Enter[Any]:
     """Spread a model over a mesh, in place; returns what must surround whatever computes with its weights.
 
     Quantised weights of a format that model/shard_packed.py does not know stay whole in every process. `compute` is
     the format in which trained weights travel and compute, None as they are kept; gradients always travel in fp32.
-    `offload` keeps the parts in the host's memory between uses.
+    `offload` keeps the parts in the host's memory between uses. `fill` is called for each layer, and for the rest,
+    right before its weights are spread.
     """
-    packed = make_divisible(model)
-    whole = {parameter for parameter in model.parameters() if parameter not in packed and not _divisible(parameter)}
     how: dict[str, Any] = {
         "mesh": mesh,
-        "ignored_params": whole,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=compute, reduce_dtype=torch.float32 if compute else None, cast_forward_inputs=False
         ),
@@ -75,9 +77,11 @@ def shard(
         layers = list(decoder_layers(plain(model))[1])
     except ConfigError:  # no list of layers: the model is one piece, whole while it computes
         layers = []
-    for layer in layers:
-        fully_shard(layer, **how)
-    fully_shard(model, **how)
+    for module in (*layers, model):
+        fill(module)
+        packed = make_divisible(module)
+        whole = {p for p in module.parameters() if p not in packed and not _divisible(p)}
+        fully_shard(module, ignored_params=whole, **how)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -90,7 +94,7 @@ def shard(
 
 
 def _divisible(parameter: nn.Parameter) -> bool:
-    return type(parameter) is nn.Parameter and parameter.is_floating_point()
+    return isinstance(parameter, DTensor) or (type(parameter) is nn.Parameter and parameter.is_floating_point())
 
 
 def everywhere(tensor: Tensor) -> Tensor:
