@@ -71,7 +71,8 @@ def shard(
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=compute, reduce_dtype=torch.float32 if compute else None, cast_forward_inputs=False
         ),
-        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+        # Pinned for the copies to an accelerator; there is nothing to copy to on a CPU.
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy(),
     }
     try:
         layers = list(decoder_layers(plain(model))[1])
@@ -121,9 +122,20 @@ def like(parameter: Tensor, value: Tensor) -> Tensor:
     """
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value.to(parameter.device)
-    return distribute_tensor(
+    made = distribute_tensor(
         value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
     )
+    return made.to(
+        parameter.device
+    )  # it is on the mesh's device, which is another one where parts are kept on the host
+
+
+def computed_on(tensor: Tensor) -> torch.device:
+    """The device that computes with a tensor, wherever this process keeps its part of it."""
+    kind = tensor.device_mesh.device_type if isinstance(tensor, DTensor) else tensor.device.type
+    if kind == tensor.device.type:
+        return tensor.device
+    return torch.device(kind, torch.accelerator.current_device_index())
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from graft.model.mlp import Lent, fuse_mlps, there
 from graft.model.norm import fuse_norms
 from graft.model.rotary import fuse_rotary
 from graft.model.row_mask import RowMask, carried_by_masks, watch_masks
+from graft.model.shard import computed_on
 from graft.tokens.tree import SHORTEST_RUN, build_rows, padded
 from graft.types import Example, Row
 
@@ -113,7 +114,7 @@ class TreeLM:
 
     @property
     def device(self) -> torch.device:
-        return next(self.embedding.parameters()).device
+        return computed_on(next(self.embedding.parameters()))
 
     def states(self, tree: TreeRow) -> Tensor:
         """[M, d] last hidden states of the predictors."""
