@@ -10,6 +10,7 @@ Shapes: T tokens, d hidden size, f intermediate size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -23,6 +24,7 @@ from graft.model.linear import SmallGradients, Weights, pieces, product, pull
 from graft.model.lora import compute_dtype, weights_of
 
 LAYERS = ("gate_proj", "up_proj", "down_proj")
+Lent = Callable[[nn.Module], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +48,17 @@ ACTIVATIONS = (
 )
 
 
-def fuse_mlps(model: nn.Module) -> int:
+def there(_module: nn.Module) -> AbstractContextManager[None]:
+    """A module has its numbers."""
+    return nullcontext()
+
+
+def fuse_mlps(model: nn.Module, lent: Lent = there) -> int:
     """Let every gated MLP of a model compute itself as one operation; returns how many do.
 
     A kind of module is replaced only after ours gave its numbers on a probe: names promise nothing. A call that one
     operation does not cover (LoRA's dropout, a quantised or otherwise wrapped layer) is left to the module's own
-    forward.
+    forward. `lent` surrounds the probe.
     """
     known: dict[tuple[type, type], Activation | None] = {}
     fused = 0
@@ -60,7 +67,8 @@ def fuse_mlps(model: nn.Module) -> int:
             continue
         kind = (type(module), type(module.act_fn))
         if kind not in known:
-            known[kind] = _activation(module)
+            with lent(module):
+                known[kind] = _activation(module)
         if (activation := known[kind]) is not None:
             module.forward = MethodType(_forward(activation), module)
             fused += 1

@@ -112,6 +112,7 @@ def with_quantized_layers(model: PreTrainedModel, kind: str, dtype: torch.dtype)
     quantizer: Any = AutoHfQuantizer.from_config(quantization_config(kind, dtype), pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map=None)
     quantizer.postprocess_model(model)
+    model.hf_quantizer = quantizer
     make_trainable(model)
 
 

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from graft.errors import ConfigError
 from graft.model.adapters import decoder_layers, plain
 from graft.model.ranks import Ranks
+from graft.model.shard_packed import make_divisible
 
 T = TypeVar("T")
 Enter = Callable[[Callable[[], T]], T]
@@ -54,42 +55,37 @@ def mesh_of(ranks: Ranks, device: torch.device, holders: int, tensor: int = 1) -
     return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
-def leave_whole(_module: nn.Module) -> None:
-    """Do nothing to a module: every process computes all of it."""
-
-
 def shard(
     model: PreTrainedModel | PeftModel,
     mesh: DeviceMesh,
     compute: torch.dtype | None = None,
     offload: bool = False,
-    cut: Callable[[nn.Module], None] = leave_whole,
+    prepare: Callable[[nn.Module], None] = lambda _module: None,
 ) -> Enter[Any]:
     """Spread a model over a mesh, in place; returns what must surround whatever computes with its weights.
 
-    Weights that are no plain floating-point tensors (quantised ones) stay whole in every process. `compute` is the
-    format in which trained weights travel and compute, None as they are kept; gradients always travel in fp32.
-    `offload` keeps the parts in the host's memory between uses. `cut` is called with each module before its weights are
-    spread, from the layers to the model (model/tensor.py).
+    Quantised weights of a format that model/shard_packed.py does not know stay whole in every process. `compute` is
+    the format in which trained weights travel and compute, None as they are kept; gradients always travel in fp32.
+    `offload` keeps the parts in the host's memory between uses. `prepare` is called with each layer, and then with the
+    model, right before its weights are spread.
     """
-    whole = {parameter for parameter in model.parameters() if not _divisible(parameter)}
     how: dict[str, Any] = {
         "mesh": mesh[tuple(name for name in mesh.mesh_dim_names or () if name != "tensor")],
-        "ignored_params": whole,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=compute, reduce_dtype=torch.float32 if compute else None, cast_forward_inputs=False
         ),
-        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+        # Pinned for the copies to an accelerator; there is nothing to copy to on a CPU.
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy(),
     }
     try:
         layers = list(decoder_layers(plain(model))[1])
     except ConfigError:  # no list of layers: the model is one piece, whole while it computes
         layers = []
-    for layer in layers:
-        cut(layer)
-        fully_shard(layer, **how)
-    cut(model)
-    fully_shard(model, **how)
+    for module in (*layers, model):
+        prepare(module)
+        packed = make_divisible(module)
+        whole = {p for p in module.parameters() if p not in packed and not _divisible(p)}
+        fully_shard(module, ignored_params=whole, **how)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -130,7 +126,7 @@ def sum_gradients(model: nn.Module, last: bool, few: bool) -> None:
 
 
 def _divisible(parameter: nn.Parameter) -> bool:
-    return type(parameter) is nn.Parameter and parameter.is_floating_point()
+    return isinstance(parameter, DTensor) or (type(parameter) is nn.Parameter and parameter.is_floating_point())
 
 
 def everywhere(tensor: Tensor) -> Tensor:
@@ -157,9 +153,20 @@ def like(parameter: Tensor, value: Tensor) -> Tensor:
     """
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value.to(parameter.device)
-    return distribute_tensor(
+    made = distribute_tensor(
         value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
     )
+    return made.to(
+        parameter.device
+    )  # it is on the mesh's device, which is another one where parts are kept on the host
+
+
+def computed_on(tensor: Tensor) -> torch.device:
+    """The device that computes with a tensor, wherever this process keeps its part of it."""
+    kind = tensor.device_mesh.device_type if isinstance(tensor, DTensor) else tensor.device.type
+    if kind == tensor.device.type:
+        return tensor.device
+    return torch.device(kind, torch.accelerator.current_device_index())
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -26,10 +26,11 @@ from graft.model.attention import SEGMENTS, RowMissing, TreeRow
 from graft.model.context import Context, counts_tokens, tell_longest
 from graft.model.last_layer import LastLayer
 from graft.model.lora import fuse_lora, fuse_trained_linears
-from graft.model.mlp import fuse_mlps
+from graft.model.mlp import Lent, fuse_mlps, there
 from graft.model.norm import fuse_norms
 from graft.model.rotary import fuse_rotary
 from graft.model.row_mask import RowMask, carried_by_masks, watch_masks
+from graft.model.shard import computed_on
 from graft.tokens.tree import SHORTEST_RUN, build_rows, padded, targets
 from graft.types import Example, Row
 
@@ -132,7 +133,7 @@ class TreeLM:
 
     @property
     def device(self) -> torch.device:
-        return next(self.embedding.parameters()).device
+        return computed_on(next(self.embedding.parameters()))
 
     def states(self, tree: TreeRow) -> Tensor:
         """[M, d] last hidden states of the predictors."""
@@ -367,12 +368,15 @@ class TreeLM:
         return None
 
 
-def fuse_modules(model: nn.Module) -> None:
-    """Give a model's modules the forwards of graft, each one operation where transformers takes several."""
+def fuse_modules(model: nn.Module, lent: Lent = there) -> None:
+    """Give a model's modules the forwards of graft, each one operation where transformers takes several.
+
+    `lent` surrounds what computes with a module's matrices, where they are not there yet (model/late.py).
+    """
     fuse_lora(model)
     fuse_trained_linears(model)
     fuse_norms(model)
-    fuse_mlps(model)
+    fuse_mlps(model, lent)
     fuse_rotary(model)
 
 

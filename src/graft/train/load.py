@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from graft.model.adapter_start import adapter_tensors
 from graft.model.adapters import add_adapter, freeze_but
 from graft.model.context import Context
 from graft.model.device import Precision
+from graft.model.late import Late, reads_weights, saved_reads_weights
 from graft.model.load import load_adapter, load_base, to_device
 from graft.model.lora_quantized import fuse_quantized_lora
 from graft.model.peft_kinds import kind_of, mutates_base, peft_config
@@ -69,12 +70,16 @@ def load_for_training(
     if computing.compiled:
         refuse_with_compiled(settings)
     model: PreTrainedModel | PeftModel
+    late = Late(device)
+    looked_at = bool(prepared.renderer.new_tokens) or settings.checkpointing in ("selective", "auto")
+    of_base = _Base(settings, late if ranks.size > 1 and not looked_at else None)
     # Of a model that is spread over processes each moves only its own part to its device.
     loaded_to = device if ranks.size == 1 or settings.quantize != "none" else torch.device("cpu")
     if settings.trains_own_weights:
-        model, final_dtype, began = *_own_weights(settings, precision, loaded_to, checkpoint, prepared), None
+        model, final_dtype, began = *_own_weights(settings, precision, loaded_to, checkpoint, prepared, of_base), None
     else:
-        model, final_dtype, began = _adapted(settings, precision, loaded_to, checkpoint, prepared)
+        model, final_dtype, began = _adapted(settings, precision, loaded_to, checkpoint, prepared, of_base)
+    loaded_to = torch.device("cpu") if late.waiting else loaded_to
     to_device(model, loaded_to)
     fuse_quantized_lora(model)
     every, offload = settings.checkpoint_every, settings.offload_activations
@@ -89,10 +94,10 @@ def load_for_training(
     split: Split | None = None
     if ranks.size > 1:
         if fuse:
-            fuse_modules(model)  # while their weights are whole: some are compared with what they replace
+            fuse_modules(model, late.lent)  # while their weights are whole: some are compared with what they replace
         if settings.checkpointing in ("selective", "auto"):
             note_recipes(model)
-        enter, split = _spread(model, settings, precision, device, ranks)
+        enter, split = _spread(model, settings, precision, device, ranks, late)
     lm = tree_model(model, settings, computing, fuse and ranks.size == 1, enter, context)
     if split is not None:
         lm.layer_ranks, lm.dealt, lm.recompute = split.size, split.dealt, split.recompute
@@ -106,7 +111,12 @@ def load_for_training(
 
 
 def _spread(
-    model: PreTrainedModel | PeftModel, settings: Train, precision: Precision, device: torch.device, ranks: Ranks
+    model: PreTrainedModel | PeftModel,
+    settings: Train,
+    precision: Precision,
+    device: torch.device,
+    ranks: Ranks,
+    late: Late,
 ) -> tuple[Enter[Any], Split | None]:
     """What must surround whatever computes with the spread model, and how its layers are cut where they are."""
     tensor = settings.tensor_ranks
@@ -118,19 +128,47 @@ def _spread(
     rows = "" if settings.context_ranks == 1 else f", every row over {settings.context_ranks}"
     cut = f", layers computed by {tensor} each" if tensor > 1 else ""
     note(f"{ranks.size} processes, weights spread over {holders * tensor}{copies}{rows}{cut}")
-    compute = precision.compute if in_16_bits else None
-    if tensor == 1:
-        return shard(model, mesh, compute, settings.offload_weights), None
-    split = Split(model, mesh, device)
-    return split.around(shard(model, mesh, compute, settings.offload_weights, split.cut)), split
+    split = Split(model, mesh, device) if tensor > 1 else None
+
+    def prepare(module: nn.Module) -> None:
+        late.fill(module)
+        if split is not None:
+            split.cut(module)
+
+    enter = shard(model, mesh, precision.compute if in_16_bits else None, settings.offload_weights, prepare)
+    assert not late.waiting, "a weight has not got its numbers"
+    return enter if split is None else split.around(enter), split
+
+
+class _Base(NamedTuple):
+    """How a base is loaded."""
+
+    settings: Train
+    late: Late | None
+    """Where its numbers may come late: with several processes, and nothing that looks at them before."""
+
+    def load(self, path: str, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> PreTrainedModel:
+        """As `load_base`."""
+        trust = self.settings.trust_remote_code
+        model = None if self.late is None else self.late.load(path, dtype, trust, quantize)
+        return load_base(path, dtype, trust, device, quantize) if model is None else model
+
+    def at_once_if(self, reads: bool) -> _Base:
+        """The same where nothing comes late if something `reads` the numbers of the base."""
+        return self._replace(late=None) if reads else self
 
 
 def _own_weights(
-    settings: Train, precision: Precision, device: torch.device, checkpoint: Path | None, prepared: Prepared
+    settings: Train,
+    precision: Precision,
+    device: torch.device,
+    checkpoint: Path | None,
+    prepared: Prepared,
+    of_base: _Base,
 ) -> tuple[PreTrainedModel, torch.dtype]:
     """A model of which all or some weights are trained, and the number format in which it was stored."""
     start = checkpoint or _begins_with(settings)
-    model = load_base(str(start or settings.model), precision.trained, settings.trust_remote_code, device)
+    model = of_base.load(str(start or settings.model), precision.trained, device)
     _add_tokens(model, prepared.renderer, fresh=start is None or not _has_tokens(start, prepared.renderer))
     if settings.method == "freeze":
         freeze_but(model, settings.freeze)
@@ -141,14 +179,21 @@ def _own_weights(
 
 
 def _adapted(
-    settings: Train, precision: Precision, device: torch.device, checkpoint: Path | None, prepared: Prepared
+    settings: Train,
+    precision: Precision,
+    device: torch.device,
+    checkpoint: Path | None,
+    prepared: Prepared,
+    of_base: _Base,
 ) -> tuple[PeftModel, torch.dtype, Mapping[str, Tensor] | None]:
     """An adapter on its frozen base, the base's number format, and what a beginning out of the base's weights was."""
-    base = load_base(settings.model, precision.frozen, settings.trust_remote_code, device, quantize=settings.quantize)
+    start = checkpoint or _begins_with(settings)
+    config = peft_config(settings)
+    reads = reads_weights(config) or (start is not None and saved_reads_weights(start))
+    base = of_base.at_once_if(reads).load(settings.model, precision.frozen, device, settings.quantize)
     dtype = base.dtype
     _add_tokens(base, prepared.renderer, fresh=True)
-    config = with_new_tokens(peft_config(settings), base, list(prepared.renderer.new_tokens))
-    start = checkpoint or _begins_with(settings)
+    config = with_new_tokens(config, base, list(prepared.renderer.new_tokens))
     began: Mapping[str, Tensor] | None = None
     if settings.init_from is None and mutates_base(config):
         # A checkpoint's adapter is for the base as others have it; ours has lost what the adapter began as.
