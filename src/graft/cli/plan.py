@@ -68,10 +68,14 @@ def size_in_bytes(text: str) -> int:
 
 def _show(found: Forecast, options: list[Option], free: int) -> None:
     from graft.console import note, table
-    from graft.train.foresee import duration, gib
+    from graft.train.foresee import duration, shown_bytes
 
-    parts = [[name, gib(size)] for name, size in found.parts.items()]
-    table("peak memory", ["part", "size"], [*parts, ["all", gib(found.peak)]], to_stdout=True)
+    parts = [[name, shown_bytes(size)] for name, size in found.parts.items() if size]
+    table("memory of a step", ["part", "size"], [*parts, ["all", shown_bytes(found.moments["steps"])]], to_stdout=True)
+    moments = [[name, shown_bytes(size)] for name, size in found.moments.items()]
+    table("peak memory", ["moment", "size"], [*moments, ["the run", shown_bytes(found.peak)]], to_stdout=True)
+    if found.peak == found.moments.get("rehearsing a save"):
+        note("saving is rehearsed with a second model only where memory has room for it twice")
     rows = found.rows
     table(
         "work",
@@ -90,14 +94,14 @@ def _show(found: Forecast, options: list[Option], free: int) -> None:
     lines = [
         [
             str(o),
-            gib(o.forecast.peak),
+            shown_bytes(o.forecast.peak),
             duration(o.forecast.seconds),
             "yes" if o.fits(free) else "no",
         ]
         for o in options
     ]
     table(
-        f"settings, fastest first, for {gib(free)} on {found.device}",
+        f"settings, fastest first, for {shown_bytes(free)} on {found.device}",
         ["settings", "peak", "time", "fits"],
         lines,
         to_stdout=True,

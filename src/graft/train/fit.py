@@ -44,7 +44,7 @@ from graft.train.optim import (
     set_learning_rate,
 )
 from graft.train.prepare import Prepared
-from graft.train.rehearse import rehearse_save
+from graft.train.rehearse import piece_of, rehearse_save
 from graft.train.rows import look_at_rows
 from graft.train.schedule import learning_rate
 from graft.train.sentinels import Sentinels, Step
@@ -113,7 +113,7 @@ class Fit:
         if self.state.step > 0:
             return
         (first, *_) = self.prepared.train.examples(self.prepared.plan.step(0))
-        (row,) = self.lm.rows([first], self.settings.row_budget)
+        (row,) = self.lm.rows([piece_of(first)], self.settings.row_budget)
         self.watchdog.beat("a rehearsal of saving", patience=WRITING)
         rehearse_save(self.keeper.writer, self.lm, self.parameters, self.settings, self.precision, row, self.ranks)
 
