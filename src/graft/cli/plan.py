@@ -10,6 +10,7 @@ import typer
 
 from graft.cli.options import ModelToTrain, RecipeAndSettings, TrainingData, sort_words
 from graft.errors import ConfigError
+from graft.words import counted
 
 if TYPE_CHECKING:
     from graft.train.forecast import Forecast, Option
@@ -41,6 +42,10 @@ def plan(
     recipe, overrides = sort_words(words or [])
     wanted = None if memory is None else size_in_bytes(memory)
     settings = load_train(recipe, overrides, {"model": model, "data": data or None})
+
+    from graft.tokens.there import refuse_missing
+
+    refuse_missing(settings)
 
     from graft.console import out
     from graft.train.plan import plan as plan_run
@@ -90,7 +95,8 @@ def _show(found: Forecast, options: list[Option], free: int) -> None:
         ],
         to_stdout=True,
     )
-    note(f"{rows.steps:,} steps in about {duration(found.seconds)}, {found.validations} validations included")
+    included = f", {counted(found.validations, 'validation')} included" if found.validations else ""
+    note(f"{counted(rows.steps, 'step')} in about {duration(found.seconds)}{included}")
     lines = [
         [
             str(o),

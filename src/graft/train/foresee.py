@@ -81,6 +81,8 @@ def in_words(found: Forecast) -> str:
 
 def shown_bytes(size: float) -> str:
     """Bytes for a reader."""
+    if size < 2**20:
+        return f"{size / 2**10:.0f} KiB"
     if size < 2**30:
         return f"{size / 2**20:.1f} MiB" if size < 10 * 2**20 else f"{size / 2**20:.0f} MiB"
     return f"{size / 2**30:.2f} GiB" if size < 100 * 2**30 else f"{size / 2**30:.0f} GiB"
