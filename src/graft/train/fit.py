@@ -54,6 +54,7 @@ from graft.train.together import Here
 from graft.train.tuning import embeddings_of, make_stepper
 from graft.train.validate import Stopped, validate
 from graft.train.watchdog import FIRST
+from graft.words import counted
 
 
 class Fit:
@@ -305,7 +306,10 @@ class Fit:
         patience = self.settings.patience
         if patience is None or self.state.bad_validations < patience:
             return False
-        note(f"stopping early: no better validation loss than {self.state.best_loss:.4f} for {patience} validations")
+        note(
+            f"stopping early: no better validation loss than {self.state.best_loss:.4f} for "
+            f"{counted(patience, 'validation')}"
+        )
         return True
 
     def _refuse_if_not_finite(self) -> None:
@@ -366,5 +370,5 @@ class Fit:
         how = "on token trees" if self.lm.on_trees else f"one example per row, since {self.lm.why_not}"
         note(
             f"{self.settings.method}: {trained:,} of {total:,} parameters, "
-            f"{self.precision.compute} on {self.lm.device}, {how}; {self.total_steps} steps"
+            f"{self.precision.compute} on {self.lm.device}, {how}; {counted(self.total_steps, 'step')}"
         )
