@@ -3,7 +3,7 @@
     python bench/plan.py                       # three sizes; LoRA, QLoRA (nf4) and full; on two cores half an hour
     python bench/plan.py --size 5M --size 40M --method qlora --checkpointing full
 
-Each case trains two steps by `graft train` in a new process and takes its largest resident set from the kernel. The
+Each case trains a few steps by `graft train` in a new process and takes its largest resident set from the kernel. The
 models are random, of Llama's and Qwen2's shape; the data is made up. What is predicted is predicted in another new
 process, by `graft plan --json`, as a user would. Times are wall time, so only those of a quiet machine mean something.
 """
@@ -95,11 +95,13 @@ def child(words: list[str]) -> None:
     print(int(memory_gib(torch.device("cpu")) * 2**30))
 
 
-def case(size: str, method: str, row_tokens: int, checkpointing: str, batch: int, work: Path) -> dict[str, Any]:
+def case(
+    size: str, method: str, row_tokens: int, checkpointing: str, batch: int, steps: int, work: Path
+) -> dict[str, Any]:
     run = work / f"run-{size}-{method}-{row_tokens}-{checkpointing}"
     words = [
         f"model={work / size}", f"data={work / 'data.jsonl'}", *METHODS[method], f"row_tokens={row_tokens}",
-        f"checkpointing={checkpointing}", "encode.max_length=1024", "max_steps=2",
+        f"checkpointing={checkpointing}", "encode.max_length=1024", f"max_steps={steps}",
         f"batch_size={batch}", "split.val=0", "device=cpu", "precision=fp32",
     ]  # fmt: skip
     environment = os.environ | {"GRAFT_CACHE": str(work / "cache"), "HF_HUB_OFFLINE": "1"}
@@ -111,7 +113,7 @@ def case(size: str, method: str, row_tokens: int, checkpointing: str, batch: int
     return {
         "size": size, "method": method, "row_tokens": row_tokens, "checkpointing": checkpointing,
         "heaviest_row_nodes": predicted["heaviest_row_nodes"], "predicted_bytes": predicted["peak_bytes"],
-        "parts": predicted["bytes"], "loading_bytes": predicted["loading_bytes"], "measured_bytes": peak,
+        "parts": predicted["bytes"], "moments": predicted["moments_bytes"], "measured_bytes": peak,
         "memory_error": predicted["peak_bytes"] / peak - 1,
         "predicted_s_per_step": predicted["seconds_per_step"], "measured_s_per_step": seconds,
         "time_error": predicted["seconds_per_step"] / seconds - 1,
@@ -123,6 +125,7 @@ def main() -> None:
     parser.add_argument("--size", choices=list(SIZES), action="append")
     parser.add_argument("--method", choices=list(METHODS), action="append")
     parser.add_argument("--batch", type=int, default=8, help="conversations per step")
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--checkpointing", choices=["none", "selective", "full"], action="append")
     parser.add_argument("--budget", type=int, action="append", help="row_tokens")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "plan.json")
@@ -133,7 +136,7 @@ def main() -> None:
         return
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False).stdout
     result: dict[str, Any] = {
-        "what": "predicted peak resident set and step time against those of two measured steps",
+        "what": "predicted peak resident set and step time against those of a run's first steps",
         "device": f"CPU, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} threads, {platform.machine()}",
         "load_average": os.getloadavg()[0],
         "commit": commit.strip(),
@@ -149,7 +152,7 @@ def main() -> None:
             for method in args.method or list(METHODS):
                 for row_tokens in args.budget or [2048]:
                     for checkpointing in args.checkpointing or ["none"]:
-                        found = case(size, method, row_tokens, checkpointing, args.batch, work)
+                        found = case(size, method, row_tokens, checkpointing, args.batch, args.steps, work)
                         result["cases"].append(found)
                         args.out.write_text(json.dumps(result, indent=1) + "\n")  # a long run leaves what it has
                         print(

@@ -275,3 +275,31 @@ def test_a_stop_by_the_system_leaves_no_half_file(tmp_path):
     assert "Traceback" not in running.communicate(timeout=60)[1]
     assert running.returncode in (0, 128 + signal.SIGTERM)
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "NOWHERE/model", "--data", "DATA"], "NOWHERE/model: no such folder"),
+        (["--model", "MODEL", "--data", "NOWHERE.jsonl"], "NOWHERE.jsonl: no such file"),
+        (["--model", "MODEL", "--data", "DATA", "--val", "NOWHERE.csv"], "NOWHERE.csv: no such file"),
+        (["--model", "MODEL", "--data", "DATA", "encode.template=chatmal"], "did you mean"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_what_is_not_there_is_said_before_anything_heavy_is_imported(base, tmp_path, command, words, said):
+    if command == "plan" and "--val" in words:
+        words = [word.replace("--val", "val=NOWHERE.csv") for word in words[:-1]]
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    given = [
+        w.replace("MODEL", str(base)).replace("DATA", str(data)).replace("NOWHERE", str(tmp_path / "no")) for w in words
+    ]
+    code = (
+        "import sys\nfrom graft.cli.main import main\ntry:\n    main()\nfinally:\n"
+        "    print([m for m in ('torch', 'transformers', 'peft', 'pyarrow') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, command, *given], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout.strip() == "[]"
+    assert said.replace("NOWHERE", str(tmp_path / "no")) in " ".join(done.stderr.split())

@@ -1,6 +1,7 @@
 """Settings: typed, overridable, and no typo passes silently."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -28,9 +29,9 @@ def test_the_defaults_are_those_of_the_field():
     assert load_train(None, ["model=m", "data=d", "method=full"]).peak_lr == 2e-5
 
 
-def test_flags_win_over_overrides_and_those_over_the_recipe(tmp_path):
-    path = recipe(tmp_path, "model: a\ndata: d.jsonl\nlr: 1e-3\nseed: 4\nlora: {r: 8}\n")
-    settings = load_train(path, ["lora.alpha=64", "lr=2e-3"], {"lr": 3e-3, "model": None})
+def test_flags_and_overrides_win_over_the_recipe(tmp_path):
+    path = recipe(tmp_path, "model: a\ndata: d.jsonl\nlr: 1e-3\nseed: 1\nlora: {r: 8}\n")
+    settings = load_train(path, ["lora.alpha=64", "seed=4"], {"lr": 3e-3, "model": None})
     assert (settings.lr, settings.seed, settings.lora.r, settings.lora.alpha, settings.model) == (3e-3, 4, 8, 64, "a")
 
 
@@ -122,3 +123,16 @@ def test_names_of_other_tools_are_answered_with_ours():
     for theirs, ours in NAMES_ELSEWHERE.items():
         with pytest.raises(ConfigError, match=f"unknown setting `{theirs}`; here it is called `{ours}`"):
             load_train(None, ["model=m", "data=d", f"{theirs}=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "flags", "said"),
+    [("model=b", {"model": "a"}, "--model and model=b: both set `model`"),
+     ("batch_size=4", {"batch_size": 8}, "--batch-size and batch_size=4: both"),
+     ("data=[x]", {"data": ["y"]}, "--data and data=[x]: both")],
+)  # fmt: skip
+def test_a_flag_and_an_override_of_the_same_setting_are_refused(override, flags, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_train(None, [override], flags)
+    others = [f"{key}=z" for key in ("model", "data") if not override.startswith(key)]
+    assert load_train(None, [override, *others], dict.fromkeys(flags)), "a flag that is not given is none"

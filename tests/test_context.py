@@ -44,7 +44,6 @@ from graft.tokens.split_row import BLOCKS, held_by, nodes_of, split_row
 from graft.tokens.tree import build_rows, padded, segments, total_weight, visible
 from graft.train.loop import train
 from graft.train.loss import row_loss
-from graft.train.share import beginning
 from graft.train.step import Stepper
 from graft.train.together import refuse_with_ranks
 from graft.types import Row
@@ -473,14 +472,6 @@ def test_numbers_that_do_not_divide_are_refused_before_anything_is_read(base, tm
 def test_sequences_cannot_be_split(base, tmp_path):
     with pytest.raises(ConfigError, match="attention=varlen computes whole sequences, but context_ranks 2"):
         settings_for(base, tmp_path, "run", "context_ranks=2", "attention=varlen")
-
-
-def test_a_rehearsal_of_saving_computes_no_long_row_whole():
-    long = make_example("long", np.arange(3000) % 90, 2900)
-    short = beginning(long, 1024)
-    assert len(short.ids) == len(short.weights) == 1024
-    assert short.weights.sum() == 1023, "a prompt alone would have no logits to compare"
-    assert beginning(short, 1024) is short
 
 
 def test_the_balance_of_experts_counts_every_node_of_a_split_row_once(tmp_path):

@@ -1,6 +1,7 @@
 """What a run keeps: complete or absent, equal to memory to the bit, never less than it had, whatever the disk does."""
 
 import errno
+import gc
 import json
 import os
 import random
@@ -11,9 +12,11 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,6 +26,7 @@ from tiny_runs import alone, assert_same_run, settings_for
 from graft.cli.train import _run_to_resume
 from graft.errors import InputError, Interrupted
 from graft.model import save as model_save
+from graft.model import tensor_file
 from graft.model.tensor_file import FORMATS, Spec, find_difference, in_file_order, write_mapping, write_tensors
 from graft.runs import RunFolder, newest_run, write_manifest
 from graft.train import fit as fit_module
@@ -42,6 +46,7 @@ from graft.train.loop import Fit, train
 from graft.train.open_run import open_run
 from graft.train.prepare import prepare
 from graft.train.step import Stepper
+from graft.types import Example
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +100,8 @@ def test_tensors_may_come_one_by_one_and_must_be_as_announced(tmp_path):
         (lambda made: made["a"].__setitem__(2, 7.000001), "a has other numbers in file than in memory"),
     ],
 )
-def test_any_difference_between_file_and_memory_is_found(tmp_path, change, said):
+def test_any_difference_between_file_and_memory_is_found(tmp_path, change, said, monkeypatch):
+    monkeypatch.setattr(tensor_file, "PIECE", 5)  # a tensor is read back in several pieces
     live = {"a": torch.tensor([1.0, float("nan"), 7.0, -0.0]), "b": torch.ones(2)}
     made = {name: value.clone() for name, value in live.items()}
     write_mapping(tmp_path / "file", made)
@@ -194,6 +200,40 @@ def test_a_trained_tensor_that_is_not_saved_is_named(base, tmp_path, monkeypatch
     )
     with pytest.raises(InputError, match="4 of 28 trained tensors would not be saved, for example .*q_proj"):
         train(settings_for(base, tmp_path))
+
+
+def test_the_second_model_is_gone_when_the_rehearsal_is_over(base, tmp_path, monkeypatch):
+    seen = []
+    own = rehearse._reload
+
+    def watched(*args):
+        loaded = own(*args)
+        seen.append(weakref.ref(next(loaded.model.parameters())))
+        return loaded
+
+    monkeypatch.setattr(rehearse, "_reload", watched)
+    fit = fit_for(base, tmp_path)
+    fit.state = replace(fit.state, step=0)
+    gc.disable()  # what a collection at some later time would do must be done by then
+    try:
+        fit.rehearse_saving()
+    finally:
+        gc.enable()
+    assert len(seen) == 1
+    assert seen[0]() is None
+
+
+def test_a_rehearsal_computes_a_piece_around_the_first_target():
+    ids = np.arange(500, dtype=np.int32)
+    weights = np.zeros(500, dtype=np.float32)
+    weights[300:310] = 1
+    piece = rehearse.piece_of(Example("a", 0, ids, weights, 300))
+    assert len(piece.ids) == len(piece.weights) == rehearse.PIECE
+    assert piece.ids[piece.weights > 0].tolist() == list(range(300, 310))
+    assert piece.ids[piece.prompt_len] == 300
+    assert piece.weights[0] == 0
+    text = rehearse.piece_of(Example("a", 0, ids[:5], np.array([0, 1, 1, 1, 1], dtype=np.float32), 0, "text"))
+    assert text.ids.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_model_that_does_not_fit_twice_is_not_reloaded_and_that_is_said(base, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -27,7 +28,7 @@ from graft.model.device import pick_precision
 from graft.model.linear import few_pieces
 from graft.model.load import load_base
 from graft.model.lora_quantized import fuse_quantized_lora
-from graft.model.machine import measure_rates
+from graft.model.machine import measure_rates, resident
 from graft.model.remember import remember
 from graft.model.trees import TreeLM
 from graft.runs import RunFolder
@@ -300,6 +301,38 @@ def test_auto_takes_what_fits_and_the_run_keeps_it(base, tmp_path, monkeypatch):
     assert resumed.row_tokens == 512, "a resumed run computes the rows that it began with"
 
 
+def test_the_peak_is_that_of_the_worst_moment(base, tmp_path):
+    settings = run_settings(base, tmp_path, "method=full", "row_tokens=512")
+    prepared = prepare(settings, RunFolder(tmp_path / "aside"))
+    roomy, tight = (
+        Forecaster(settings, prepared, CPU, FP32, memory).forecast() for memory in (1 << 40, resident() + 2**20)
+    )
+    assert roomy.moments["steps"] == sum(roomy.parts.values())
+    assert roomy.peak == max(roomy.moments.values())
+    assert "rehearsing a save" in roomy.moments
+    assert "rehearsing a save" not in tight.moments, "a second model must fit twice into what is free"
+    # weights, and twice as much for AdamW's states; gradients are gone when a checkpoint is written
+    assert roomy.moments["saving"] - roomy.parts["process"] == pytest.approx(
+        3 * roomy.parts["trained weights"], rel=0.01
+    )
+    averaged = Forecaster(settings.model_copy(update={"ema": 0.9}), prepared, CPU, FP32).forecast()
+    more = averaged.moments["saving"] - averaged.parts["process"] - 3 * roomy.parts["trained weights"]
+    assert more == pytest.approx(2 * roomy.parts["trained weights"], rel=0.01), "the average, and the live weights"
+
+
+def test_weights_of_another_format_are_read_from_a_file_that_counts_while_they_load(tmp_path):
+    narrow = AutoModelForCausalLM.from_pretrained(make_model_folder(tmp_path / "fp32"), dtype=torch.bfloat16)
+    folder = make_model_folder(tmp_path / "bf16")
+    narrow.save_pretrained(folder)
+    file = sum(p.numel() for p in narrow.parameters()) * 2
+    loading = {}
+    for name in ("fp32", "bf16"):
+        (tmp_path / name / "run").mkdir()
+        found = forecaster(run_settings(tmp_path / name, tmp_path / name / "run"), tmp_path).forecast()
+        loading[name] = found.moments["loading"] - found.parts["process"]
+    assert loading["bf16"] - loading["fp32"] == file
+
+
 def test_a_rehearsal_changes_no_number(base, tmp_path, monkeypatch):
     computed = []
     own = Fit.rehearse
@@ -390,7 +423,7 @@ def test_a_run_says_what_it_will_need_and_warns(base, tmp_path, monkeypatch, cap
     train(run_settings(base, tmp_path, "max_steps=1"))
     said = capsys.readouterr().err
     assert "foreseen: about" in said
-    assert "GiB of memory at the most" in said
+    assert "B of memory at the most" in said
     assert "checkpointing=full (saves" in said
 
 
@@ -412,7 +445,10 @@ def test_the_command_prints_a_table_or_json(base, tmp_path):
     assert "optimizer states" in shown.output
     assert "row_tokens=512 checkpointing=none" in shown.output
     told = json.loads(CliRunner().invoke(app, [*words, "--json", "--memory", "1MiB"]).stdout)
-    assert told["peak_bytes"] == sum(told["bytes"].values())
+    assert told["moments_bytes"]["steps"] == sum(told["bytes"].values())
+    assert told["peak_bytes"] == max(told["moments_bytes"].values())
+    assert not re.search(r" 0\.0+ [MG]iB", shown.output), "what is nothing is not listed"
+    assert "moving average" not in shown.output
     assert told["memory_bytes"] == 2**20
     assert told["options"]
     assert not any(option["fits"] for option in told["options"])

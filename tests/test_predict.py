@@ -19,6 +19,7 @@ from graft.use.engine import LoadedEngine
 from graft.use.predict import (
     answer_all,
     answer_settings,
+    counts_in_words,
     predict_file,
     questions_of,
     settings_path,
@@ -198,3 +199,11 @@ def test_a_template_that_refuses_gives_a_row_too(opened, tmp_path):
 )
 def test_reasoning_is_split_off_generated_text(text, parts):
     assert split_answer(text) == parts
+
+
+def test_counts_are_told_in_words():
+    assert counts_in_words({"stop": 1, "length": 0, "too_long": 0, "refused": 0}) == "1 answer: 1 ended by itself"
+    told = counts_in_words({"stop": 2, "length": 5, "too_long": 1, "refused": 0})
+    assert told == (
+        "8 answers: 2 ended by themselves, 5 cut at the longest length, 1 not asked, the prompt fills the context"
+    )

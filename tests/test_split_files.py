@@ -117,7 +117,7 @@ def test_overlaps_of_an_earlier_split_do_not_lie_beside_the_parts_of_this_one(tm
     data = write(tmp_path / "heap.jsonl", heap)
     run(data, "--out", tmp_path / "out", "--group", "none", "--check")
     assert lines(tmp_path / "out" / "overlaps.jsonl")
-    run(data, "--out", tmp_path / "out", "--group", "none")
+    run(data, "--out", tmp_path / "out", "--group", "none", "--overwrite")
     assert not (tmp_path / "out" / "overlaps.jsonl").exists()
 
 
@@ -241,7 +241,7 @@ def test_a_column_by_any_name_and_value(tmp_path):
     assert run(*asked)["strata"] == {
         name: {"train": 8, "val": 1, "test": 1} for name in ("", "3", "[/red]", '["a", {"b": 1}]', "true")
     }
-    shown = CliRunner().invoke(app, ["split", *map(str, asked)])
+    shown = CliRunner().invoke(app, ["split", *map(str, asked), "--overwrite"])
     assert shown.exception is None
     for text in (
         "Rows by [/x]",
@@ -375,7 +375,7 @@ def test_parts_appear_all_or_none(tmp_path, heap, monkeypatch):
     monkeypatch.setattr("graft.runs.fsync_folder", lambda folder: None)
     monkeypatch.setattr(os, "fsync", full_at_the_last)
     with pytest.raises(InputError, match="No space left"):
-        run(rows, "--out", out, "--group", "exact", "--val", "0.3", "--test", "0.3")
+        run(rows, "--out", out, "--group", "exact", "--val", "0.3", "--test", "0.3", "--overwrite")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -466,3 +466,15 @@ def test_a_real_evaluation_in_several_forms(tmp_path, material):
     assert result["against"]["rows"] == len(turns) > 50
     assert result["against"]["overlaps"]["exact"] == len({turn[0] for turn in turns})
     assert result["rejected"] == sum(result["against"]["overlaps"].values()) <= len(turns) + 2
+
+
+def test_parts_that_are_there_are_not_written_over_unasked(tmp_path):
+    rows = [{"question": f"How much is {n} and {n}?", "answer": str(2 * n)} for n in range(40)]
+    file = write(tmp_path / "data.jsonl", rows)
+    run(file, "--out", tmp_path / "parts")
+    before = (tmp_path / "parts" / "train.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r"train\.jsonl: is there already; choose another --out, or --overwrite"):
+        run(write(file, rows[:30]), "--out", tmp_path / "parts")
+    assert (tmp_path / "parts" / "train.jsonl").read_bytes() == before
+    run(file, "--out", tmp_path / "parts", "--overwrite")
+    assert (tmp_path / "parts" / "train.jsonl").read_bytes() != before

@@ -194,6 +194,16 @@ def test_a_full_disk_loses_nothing(base, tmp_path, monkeypatch):
     assert_same_run(train(settings_for(base, tmp_path, "save_every=2", "eval_every=50", out="unbroken")), resumed)
 
 
+def test_changed_settings_are_refused_before_the_data_is_read(base, tmp_path, monkeypatch):
+    run = train(settings_for(base, tmp_path))
+    monkeypatch.setattr("graft.train.together.prepare", lambda *_: pytest.fail("the data was read"))
+    with pytest.raises(InputError, match=r"max_steps was None, is 99.*--init-from"):
+        train(settings_for(base, tmp_path, "resume=true", "max_steps=99"))
+    checkpoint = checkpoint_module.newest_checkpoint(run)
+    with pytest.raises(InputError, match="seed was 0, is 5"):
+        train(settings_for(base, tmp_path, f"resume={checkpoint}", "seed=5"))
+
+
 def test_a_resumed_run_must_be_the_same_run(base, tmp_path):
     train(settings_for(base, tmp_path))
     with pytest.raises(InputError, match="holds a run already"):

@@ -76,7 +76,7 @@ def chat(
     )
     with err.status("loading the model"):
         from graft.model.load import load_model
-        from graft.tokens.load import load_renderer
+        from graft.tokens.load import load_renderer, say_notes
         from graft.use.chat import ChatSession
         from graft.use.predict import sampling_shown
 
@@ -85,8 +85,7 @@ def chat(
     asked = thinking if thinking is not None else target.thinking()
     session = ChatSession(loaded.model, renderer, sampling, system, asked)
     note(f"{target.folder} on {loaded.device}, {sampling_shown(sampling)}")
-    for text in renderer.notes:
-        note(text)
+    say_notes(renderer)
     if sys.stdin.isatty():
         err.print("[dim]/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends the chat[/dim]")
     _talk(session)

@@ -10,6 +10,7 @@ import typer
 
 from graft.cli.options import ModelToTrain, RecipeAndSettings, TrainingData, sort_words
 from graft.errors import ConfigError
+from graft.words import counted
 
 if TYPE_CHECKING:
     from graft.train.forecast import Forecast, Option
@@ -42,6 +43,10 @@ def plan(
     wanted = None if memory is None else size_in_bytes(memory)
     settings = load_train(recipe, overrides, {"model": model, "data": data or None})
 
+    from graft.tokens.there import refuse_missing
+
+    refuse_missing(settings)
+
     from graft.console import out
     from graft.train.plan import plan as plan_run
 
@@ -68,10 +73,14 @@ def size_in_bytes(text: str) -> int:
 
 def _show(found: Forecast, options: list[Option], free: int) -> None:
     from graft.console import note, table
-    from graft.train.foresee import duration, gib
+    from graft.train.foresee import duration, shown_bytes
 
-    parts = [[name, gib(size)] for name, size in found.parts.items()]
-    table("peak memory", ["part", "size"], [*parts, ["all", gib(found.peak)]], to_stdout=True)
+    parts = [[name, shown_bytes(size)] for name, size in found.parts.items() if size]
+    table("memory of a step", ["part", "size"], [*parts, ["all", shown_bytes(found.moments["steps"])]], to_stdout=True)
+    moments = [[name, shown_bytes(size)] for name, size in found.moments.items()]
+    table("peak memory", ["moment", "size"], [*moments, ["the run", shown_bytes(found.peak)]], to_stdout=True)
+    if found.peak == found.moments.get("rehearsing a save"):
+        note("saving is rehearsed with a second model only where memory has room for it twice")
     rows = found.rows
     table(
         "work",
@@ -86,18 +95,19 @@ def _show(found: Forecast, options: list[Option], free: int) -> None:
         ],
         to_stdout=True,
     )
-    note(f"{rows.steps:,} steps in about {duration(found.seconds)}, {found.validations} validations included")
+    included = f", {counted(found.validations, 'validation')} included" if found.validations else ""
+    note(f"{counted(rows.steps, 'step')} in about {duration(found.seconds)}{included}")
     lines = [
         [
             str(o),
-            gib(o.forecast.peak),
+            shown_bytes(o.forecast.peak),
             duration(o.forecast.seconds),
             "yes" if o.fits(free) else "no",
         ]
         for o in options
     ]
     table(
-        f"settings, fastest first, for {gib(free)} on {found.device}",
+        f"settings, fastest first, for {shown_bytes(free)} on {found.device}",
         ["settings", "peak", "time", "fits"],
         lines,
         to_stdout=True,

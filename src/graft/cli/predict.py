@@ -60,15 +60,14 @@ def predict(
 
     Example: graft predict runs/my-run --data test.jsonl --out predictions.jsonl
     """
-    from graft.config.data import Source
     from graft.config.train import load_sampling
-    from graft.console import note, warn
-    from graft.data.load import load_sources
+    from graft.console import note
     from graft.errors import InputError
     from graft.tokens.load import load_renderer
     from graft.use.engine import check_engine, open_engine
     from graft.use.open import resolve
-    from graft.use.predict import answer_settings, predict_file, questions_of, sampling_shown
+    from graft.use.predict import answer_settings, counts_in_words, predict_file, read_questions, sampling_shown
+    from graft.words import counted
 
     if os.path.realpath(out) in map(os.path.realpath, data):
         raise InputError(f"{out}: is the data itself; choose another --out")
@@ -85,23 +84,15 @@ def predict(
         }
     )
     check_engine(engine, sampling)
-    loaded = load_sources([Source(path=path) for path in data], require_answer=False)
-    for reject in loaded.rejects[:3]:
-        warn(f"{reject.file}:{reject.line}: {reject.field}: {reject.reason}")
-    questions, silent = questions_of(loaded.conversations, thinking)
-    if silent:
-        warn(f"{silent} of {len(loaded.conversations)} conversations ask nothing (raw text) and are left out")
-    if not questions:
-        raise InputError(f"{', '.join(data)}: no questions among {loaded.read} rows")
-    questions = questions[:limit]
+    questions, rejected = read_questions(data, thinking, limit)
     renderer = load_renderer(target.tokenizer, template, None, trust_remote_code)
-    note(f"{len(questions)} questions, {sampling_shown(sampling)}")
+    note(f"{counted(len(questions), 'question')}, {sampling_shown(sampling)}")
 
     def opened() -> tuple[Engine, Renderer]:
         return open_engine(engine, target, device, precision, trust_remote_code), renderer
 
     settings = answer_settings(target.folder, target.fingerprint(), renderer, sampling, engine)
     counts = predict_file(questions, out, settings, opened, sampling, overwrite=overwrite)
-    note(f"{out}: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
+    note(f"{out}: {counts_in_words(counts)}")
     if as_json:
-        typer.echo(json.dumps({"out": str(out), "rejected": len(loaded.rejects), **counts}))
+        typer.echo(json.dumps({"out": str(out), "rejected": rejected, **counts}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -60,24 +61,18 @@ def train(
     from graft.console import note
 
     recipe, overrides = sort_words(words or [])
-    flags = {
+    flags: dict[str, object] = {
         "model": model, "data": data, "val": val, "test": test, "out": out, "method": method, "epochs": epochs,
         "lr": lr, "batch_size": batch_size, "init_from": init_from,
     }  # fmt: skip
-    if resume is not None and init_from is not None:
-        raise ConfigError(
-            "--resume continues a run exactly, --init-from begins one with weights alone; give one of them"
-        )
-    if resume == "auto" and (recipe is not None or model is not None or data):
-        flags["resume"] = "auto"
-    elif resume is not None:
-        if recipe is not None:
-            raise ConfigError("--resume takes its settings from the run folder; leave the recipe out, or use auto")
-        root, there = _run_to_resume(resume, out)
-        recipe = root / "config.yaml"
-        flags |= {"resume": there, "out": str(root)}
+    recipe, begun = _what_to_resume(resume, init_from, recipe, out, model is not None or bool(data))
+    flags |= begun
     settings = load_train(recipe, overrides, {key: None if value == [] else value for key, value in flags.items()})
 
+    from graft.tokens.there import refuse_missing
+
+    if "WORLD_SIZE" not in os.environ:  # of several processes those that read it look, and tell the others
+        refuse_missing(settings)
     if gpus is not None and gpus > 1:
         from graft.train.launch import launch
 
@@ -88,6 +83,29 @@ def train(
     run = run_training(settings)
     note(f"done: {run.final}")
     note(f"next: {_next_steps(run)}")
+
+
+def _what_to_resume(
+    resume: str | None, init_from: str | None, recipe: Path | None, out: str | None, described: bool
+) -> tuple[Path | None, dict[str, object]]:
+    """The recipe, and the flags that `--resume` stands for. `described`: the run is by its model and data.
+
+    Raises:
+        ConfigError: what is given does not go with --resume.
+        InputError: there is no such run.
+    """
+    if resume is None:
+        return recipe, {}
+    if init_from is not None:
+        raise ConfigError(
+            "--resume continues a run exactly, --init-from begins one with weights alone; give one of them"
+        )
+    if resume == "auto" and (recipe is not None or described):
+        return recipe, {"resume": "auto"}
+    if recipe is not None:
+        raise ConfigError("--resume takes its settings from the run folder; leave the recipe out, or use auto")
+    root, there = _run_to_resume(resume, out)
+    return root / "config.yaml", {"resume": there, "out": str(root)}
 
 
 def _run_to_resume(named: str, out: str | None) -> tuple[Path, bool | str]:

@@ -39,21 +39,23 @@ class Settings(BaseModel):
 def load(
     model: type[S], recipe: Path | None = None, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
 ) -> S:
-    """Settings from a recipe, `key=value` overrides and the command's own flags (None is not given), in that order.
+    """Settings from a recipe, with `key=value` overrides and the command's own flags (None is not given) laid over it.
 
     Raises:
-        ConfigError: the recipe cannot be read, or a key or value does not fit; names the line where there is one.
+        ConfigError: the recipe cannot be read, a key or value does not fit (names the line where there is one), or a
+            flag and an override set the same.
     """
     values: dict[str, Any] = {}
     lines: dict[tuple[str, ...], int] = {}
     if recipe is not None:
         values, lines = _read_yaml(recipe)
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
     for override in overrides:
         path, value = _parse_override(override)
+        _refuse_twice(path, override, given)
         _set(values, path, value, override)
-    for key, value in (flags or {}).items():
-        if value is not None:
-            _set(values, tuple(key.split(".")), value, f"--{key}")
+    for key, value in given.items():
+        _set(values, tuple(key.split(".")), value, f"--{key}")
     place = str(recipe) if recipe else "the command line"
     for path in secret_in(values):
         where = f"{place}:{lines[path]}" if path in lines else place
@@ -132,6 +134,15 @@ def _parse_override(text: str) -> tuple[tuple[str, ...], Any]:
         return tuple(key.split(".")), yaml.load(value, Loader=_Loader)  # noqa: S506
     except yaml.YAMLError:
         return tuple(key.split(".")), value
+
+
+def _refuse_twice(path: tuple[str, ...], override: str, flags: Mapping[str, Any]) -> None:
+    """Neither a flag nor an override wins over the other: both were written in one line."""
+    for key in flags:
+        named = tuple(key.split("."))
+        shorter = min(len(named), len(path))
+        if named[:shorter] == path[:shorter]:
+            raise ConfigError(f"--{key.replace('_', '-')} and {override}: both set `{key}`; give one of them")
 
 
 def _set(values: dict[str, Any], path: tuple[str, ...], value: Any, said: str) -> None:

@@ -67,12 +67,13 @@ class Endpoint(Settings):
 
     @field_validator("base_url")
     @classmethod
-    def _an_address_without_secrets(cls, value: str) -> str:
+    def _an_address(cls, value: str) -> str:
+        """Secrets in it are refused wherever settings are read (`graft.config.base.load`)."""
         parts = urlsplit(value)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("an address such as http://localhost:8000/v1 is expected")
-        if parts.username or parts.password or parts.query:
-            raise ValueError("a key has no place in the address; put it into an environment variable (`api_key_env`)")
+        if parts.query:
+            raise ValueError(f"what stands behind `?` ({parts.query}) goes into `query`")
         return value
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -22,6 +22,8 @@ FORMATS = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+PIECE = 2**22
+"""Bytes that are read back at a time."""
 
 
 class Spec(NamedTuple):
@@ -74,25 +76,44 @@ def write_mapping(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def find_difference(paths: Iterable[Path], expected: Mapping[str, Tensor]) -> str | None:
-    """What is not in the files, or otherwise than in memory, in words; None where every bit is there and no more."""
+    """What is not in the files, or otherwise than in memory, in words; None where every bit is there and no more.
+
+    The numbers are read piece by piece: the pages of a mapped file would count as the process's memory, and a
+    checkpoint is written when the run has least of it to spare.
+    """
     missing = dict.fromkeys(expected)
     for path in paths:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  # it is no mapping
+        with safe_open(path, "pt") as opened, path.open("rb") as file:
+            begin = int.from_bytes(file.read(8), "little")
+            places = json.loads(file.read(begin))
+            for name in opened.keys():  # noqa: SIM118  # it is no mapping
                 if name not in expected:
                     return f"{path.name} holds {name}, which nothing was to be saved as"
                 missing.pop(name, None)
-                saved, live = file.get_tensor(name), expected[name].detach()
-                if saved.shape != live.shape or saved.dtype != live.dtype:
+                live, saved = expected[name].detach(), places[name]
+                dtype = next((kind for kind, code in FORMATS.items() if code == saved["dtype"]), saved["dtype"])
+                if saved["shape"] != list(live.shape) or dtype != live.dtype:
                     return (
-                        f"{name} is {list(saved.shape)} {saved.dtype} in {path.name}, "
-                        f"{list(live.shape)} {live.dtype} in memory"
+                        f"{name} is {saved['shape']} {dtype} in {path.name}, {list(live.shape)} {live.dtype} in memory"
                     )
-                if not torch.equal(_bytes_of(saved), _bytes_of(live.cpu())):
+                file.seek(8 + begin + saved["data_offsets"][0])
+                if not _reads_as(file, live):
                     return f"{name} has other numbers in {path.name} than in memory"
     if missing:
         return f"{len(missing)} of {len(expected)} tensors are missing, for example {next(iter(missing))}"
     return None
+
+
+def _reads_as(file: BinaryIO, tensor: Tensor) -> bool:
+    """Whether the file goes on with the tensor's bytes."""
+    live = _bytes_of(tensor.cpu())
+    buffer = bytearray(min(PIECE, len(live)))
+    for start in range(0, len(live), PIECE):
+        wanted = live[start : start + PIECE]
+        piece = memoryview(buffer)[: len(wanted)]
+        if file.readinto(piece) != len(wanted) or not torch.equal(torch.frombuffer(piece, dtype=torch.uint8), wanted):  # type: ignore[attr-defined]
+            return False
+    return True
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

@@ -14,10 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from graft.console import note, warn
 from graft.errors import ConfigError, InputError, first_line
 from graft.tokens import chat_template, probe
 from graft.tokens.renderer import Renderer
 from graft.tokens.trust import explained
+from graft.visible import escape_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,6 +28,21 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model",
     "tekken.json", "*.tiktoken", "tokenization_*.py", "sentencepiece*.model", "vocab.bpe",
 )  # fmt: skip
+
+NO_END = (
+    "the tokenizer has neither an EOS token nor `<|im_end|>`, so no answer could end: conversations will be rejected, "
+    "only raw text can be trained on; set eos_token in tokenizer_config.json"
+)
+IN_PIECES = "`<|im_start|>`, which `chatml` writes, is no token of this vocabulary"
+WEIGHTY = (NO_END, IN_PIECES)
+"""Beginnings of notes that tell of something to be mended."""
+
+
+def say_notes(renderer: Renderer) -> None:
+    """Tell the user what was decided about the template."""
+    for text in renderer.notes:
+        say = warn if text.startswith(WEIGHTY) else note
+        say(escape_hidden(text))
 
 
 def load_renderer(
@@ -121,7 +138,12 @@ def _parse_date(date: str | None) -> datetime.date:
         ) from None
 
 
-def _load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def find_folder(model_path: str) -> Path | None:
+    """The folder with a tokenizer that a path names; None where it is a name on the hub.
+
+    Raises:
+        InputError: there is no such folder, or no tokenizer in it.
+    """
     folder = Path(model_path).expanduser()
     local = folder.is_dir()
     if not local and (
@@ -135,11 +157,16 @@ def _load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedToken
             f"{model_path}: no tokenizer in this folder (looked for tokenizer.json, tokenizer.model, vocab.json ...); "
             "copy the files of the model's tokenizer there"
         )
+    return folder if local else None
+
+
+def _load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    folder = find_folder(model_path)
     from transformers import AutoTokenizer
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder) if local else model_path, local_files_only=local, trust_remote_code=trust_remote_code
+            str(folder or model_path), local_files_only=folder is not None, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # anything from a torn file to an unknown class
         why = explained(error, model_path) or f"its tokenizer cannot be loaded ({first_line(error)})"
@@ -178,16 +205,23 @@ def _choose_template(
     name = wanted or "chatml"
     if name not in chat_template.OURS:
         return name, chat_template.read_template_file(name), None
-    if tokenizer.eos_token_id is None:
+    has_im_end = "<|im_end|>" in tokenizer.get_added_vocab()
+    if tokenizer.eos_token_id is None and not (name == "chatml" and has_im_end):
         if wanted is not None:
             raise InputError(
                 f"{model_path}: its tokenizer has no EOS token, and template `{name}` needs one to end an answer; "
                 "set eos_token in tokenizer_config.json"
             )
-        notes.append("the tokenizer has no EOS token either: only raw text can be trained on")
+        notes.append(NO_END)
+    pieces = len(tokenizer.encode("<|im_start|>", add_special_tokens=False))
+    if name == "chatml" and pieces > 1:
+        notes.append(
+            f"{IN_PIECES}, so each turn begins with {pieces} pieces in its place; train it as one with "
+            "new_tokens=['<|im_start|>','<|im_end|>'], or take a template without it: alpaca, vicuna, llama2"
+        )
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    return name, chat_template.our_template(name, adds_bos, "<|im_end|>" in tokenizer.get_added_vocab()), None
+    return name, chat_template.our_template(name, adds_bos, has_im_end), None
 
 
 def _generation_stops(model_path: str) -> list[int]:

@@ -19,6 +19,7 @@ from graft.tokens.encode import encode
 from graft.tokens.renderer import Renderer, TemplateRefused
 from graft.types import Conversation, Example, Reject
 from graft.visible import escape_hidden
+from graft.words import counted
 
 STYLES = {
     "context": "dim",
@@ -224,8 +225,8 @@ def facts(example: Example) -> str:
     said = " and ".join(f"{weight:g}" for weight in weights)
     turn = "text" if example.way == "text" else f"turn {example.turn}"
     return (
-        f"{turn}: {len(example.ids)} tokens, {example.prompt_len} prompt, {targets} targets of weight {said}"
-        f"; {example.way}: {WAYS[example.way]}"
+        f"{turn}: {counted(len(example.ids), 'token')}, {example.prompt_len} prompt, {counted(targets, 'target')} of "
+        f"weight {said}; {example.way}: {WAYS[example.way]}"
     )
 
 

@@ -25,9 +25,11 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from graft.config.train import Train
 from graft.console import note, warn
 from graft.errors import InputError
 from graft.runs import RunFolder, read_manifest, write_manifest
+from graft.words import counted
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
@@ -124,6 +126,46 @@ def read_state(checkpoint: Path) -> State:
     return State(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
 
 
+def decisive(settings: Train) -> dict[str, str]:
+    """The settings that decide the course of a run. Those that only decide what is watched or kept are left out."""
+    decides = settings.model_dump(
+        mode="json",
+        include={
+            "method", "lora", "peft", "freeze", "new_tokens", "quantize", "master_weights", "precision", "batch_size",
+            "epochs", "max_steps", "seed",
+            "lr", "lr_patterns", "schedule", "decay", "power", "warmup", "min_lr_ratio", "weight_decay", "optimizer",
+            "optimizer_options", "optimizer_in_backward", "beta1", "beta2", "eps", "clip", "loss", "label_smoothing",
+            "neftune_alpha", "ema", "router_aux_loss",
+        },
+    )  # fmt: skip
+    places = {
+        "model": _place(settings.model),
+        "init_from": _place(settings.init_from) if settings.init_from else "None",
+    }
+    return {key: str(value) for key, value in decides.items()} | places
+
+
+def _place(name: str) -> str:
+    """A folder wherever it is named from; a hub's id as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def refuse_changed_settings(run: RunFolder, settings: Train) -> None:
+    """What `refuse_if_changed` would refuse of the settings, before the data is read.
+
+    Raises:
+        InputError: names every difference.
+    """
+    named = [Path(settings.resume)] if isinstance(settings.resume, str) else checkpoints(run)
+    for checkpoint in named:
+        try:
+            saved = read_state(checkpoint).made_of
+        except (OSError, ValueError, TypeError):  # torn; whoever goes on from it says so
+            continue
+        refuse_if_changed(checkpoint, saved, decisive(settings))
+        return
+
+
 def refuse_if_changed(checkpoint: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
     """A resumed run must be the same run.
 
@@ -135,8 +177,7 @@ def refuse_if_changed(checkpoint: Path, saved: Mapping[str, str], now: Mapping[s
         differences = "; ".join(text for key in changed for text in _differences(key, saved.get(key), now[key]))
         raise InputError(
             f"{checkpoint}: cannot be resumed, since the run has changed: {differences}. "
-            "Undo the change, or start a new run with init_from="
-            f"{checkpoint} (weights only)"
+            f"Undo the change, or start a new run with --init-from {checkpoint} (weights only)"
         )
 
 
@@ -164,7 +205,7 @@ def refuse_without_optimizer(checkpoint: Path) -> None:
     if not has_optimizer(checkpoint):
         raise InputError(
             f"{checkpoint}: has its weights only, since keep_optimizer let its optimizer state go; resume from a newer "
-            f"checkpoint, or start a new run with init_from={checkpoint} (weights only)"
+            f"checkpoint, or start a new run with --init-from {checkpoint} (weights only)"
         )
 
 
@@ -211,4 +252,4 @@ def set_aside_after(run: RunFolder, step: int) -> None:
         aside.mkdir()
         for path in newer:
             path.rename(aside / path.name)
-        note(f"{len(newer)} newer checkpoints are set aside in {aside}")
+        note(f"{counted(len(newer), 'newer checkpoint')} set aside in {aside}")

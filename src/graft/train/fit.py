@@ -44,19 +44,17 @@ from graft.train.optim import (
     set_learning_rate,
 )
 from graft.train.prepare import Prepared
-from graft.train.rehearse import rehearse_save
+from graft.train.rehearse import piece_of, rehearse_save
 from graft.train.rows import look_at_rows
 from graft.train.schedule import learning_rate
 from graft.train.sentinels import Sentinels, Step
-from graft.train.share import MyRows, beginning, rows_of_rank, rows_of_step
+from graft.train.share import MyRows, rows_of_rank, rows_of_step
 from graft.train.signals import Stop
 from graft.train.together import Here
 from graft.train.tuning import embeddings_of, make_stepper
 from graft.train.validate import Stopped, validate
 from graft.train.watchdog import FIRST
-
-REHEARSED = 1024
-"""Tokens of the first example that a rehearsal of saving computes at most: with all logits, and in one process."""
+from graft.words import counted
 
 
 class Fit:
@@ -116,7 +114,7 @@ class Fit:
         if self.state.step > 0:
             return
         (first, *_) = self.prepared.train.examples(self.prepared.plan.step(0))
-        (row,) = self.lm.rows([beginning(first, REHEARSED)], self.settings.row_budget)
+        (row,) = self.lm.rows([piece_of(first)], self.settings.row_budget)
         self.watchdog.beat("a rehearsal of saving", patience=WRITING)
         rehearse_save(self.keeper.writer, self.lm, self.parameters, self.settings, self.precision, row, self.ranks)
 
@@ -314,7 +312,10 @@ class Fit:
         patience = self.settings.patience
         if patience is None or self.state.bad_validations < patience:
             return False
-        note(f"stopping early: no better validation loss than {self.state.best_loss:.4f} for {patience} validations")
+        note(
+            f"stopping early: no better validation loss than {self.state.best_loss:.4f} for "
+            f"{counted(patience, 'validation')}"
+        )
         return True
 
     def _refuse_if_not_finite(self) -> None:
@@ -376,5 +377,5 @@ class Fit:
         how = "on token trees" if self.lm.merges else f"one example per row, since {why_not}"
         note(
             f"{self.settings.method}: {trained:,} of {total:,} parameters, "
-            f"{self.precision.compute} on {self.lm.device}, {how}; {self.total_steps} steps"
+            f"{self.precision.compute} on {self.lm.device}, {how}; {counted(self.total_steps, 'step')}"
         )

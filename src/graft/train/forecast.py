@@ -14,22 +14,15 @@ import torch
 
 from graft.config.train import Train
 from graft.model.attention_pick import pick_attention, row_step
-from graft.model.count import ATTENTION, HEAD, LAYERS
-from graft.model.device import Precision
+from graft.model.device import Precision, free_bytes
 from graft.model.machine import Rates, measure_rates, resident
 from graft.train.cost import RowCost, UpdateCost, count_row, count_update
 from graft.train.hollow import Hollow, countable, hollow
 from graft.train.loss import Objective
+from graft.train.moments import moments
 from graft.train.prepare import Prepared
 from graft.train.rows import Rows, look_at_rows, seconds_for, seconds_of
 
-CPU_HOLES = 0.25
-"""Of the counted activations, what glibc's heap needs beyond them: gradients and states lie between them, and the next
-row, a little longer, does not fit into the holes of the last. Measured by bench/plan.py."""
-CPU_GROWTH = 30 * 2**20
-"""Bytes by which a process grows when it trains, beside tensors: threads, libraries that are loaded late. Measured."""
-CUDA_HOLES = 0.08
-"""The same for CUDA's caching allocator. Not yet measured."""
 CUDA_CONTEXT = 600 * 2**20
 """Bytes of the CUDA context and cuBLAS beside tensors. Not yet measured."""
 SMALLEST_BUDGET = 512
@@ -44,9 +37,9 @@ class Forecast:
     """The cost of a run, as it was predicted."""
 
     parts: Mapping[str, int]
-    """Bytes at the worst moment, by what holds them."""
-    loading: int
-    """Bytes at the worst moment of loading the model."""
+    """Bytes at the worst moment of the steps, by what holds them."""
+    moments: Mapping[str, int]
+    """Bytes at the worst moment of each part of the run: loading, the rehearsal of a save, steps, saving."""
     seconds_per_step: float
     validations: int
     seconds_per_validation: float
@@ -57,7 +50,7 @@ class Forecast:
     @property
     def peak(self) -> int:
         """Bytes at the worst moment of the run."""
-        return max(sum(self.parts.values()), self.loading)
+        return max(self.moments.values())
 
     @property
     def beyond_process(self) -> int:
@@ -76,7 +69,7 @@ class Forecast:
             "device": self.device,
             "peak_bytes": self.peak,
             "bytes": dict(self.parts),
-            "loading_bytes": self.loading,
+            "moments_bytes": dict(self.moments),
             "steps": rows.steps,
             "steps_looked_at": rows.looked_at,
             "rows_per_step": rows.per_step,
@@ -110,11 +103,21 @@ class Option:
 class Forecaster:
     """Forecasts of one run under changed settings: its data is there, and the machine is measured once."""
 
-    def __init__(self, settings: Train, prepared: Prepared, device: torch.device, precision: Precision) -> None:
+    def __init__(
+        self,
+        settings: Train,
+        prepared: Prepared,
+        device: torch.device,
+        precision: Precision,
+        memory: int | None = None,
+    ) -> None:
+        """`memory` is what the whole process may have, in bytes; None takes what it has and what is free."""
         self.settings = settings
         self.prepared = prepared
         self.device = device
         self.precision = precision
+        self._memory = memory
+        self._free = free_bytes(device)
         self._rates: Rates | None = None
         self._base: int | None = None  # once: what differs between forecasts must be the settings' doing
         self._model: tuple[str, Hollow, UpdateCost] | None = None
@@ -223,11 +226,11 @@ class Forecaster:
         every = settings.eval_every or max(1, -(-rows.steps // 10))
         if self._base is None:
             self._base = resident() if self.device.type == "cpu" else CUDA_CONTEXT
-        base = self._base
-        loaded = model.frozen_bytes + (model.trained_bytes if settings.trains_own_weights else 0)
+        free = self._free if self._memory is None else self._memory - self._base
+        found = moments(settings, model, cost, update, self.device, self._base, free)
         return Forecast(
-            parts=_parts(settings, model, cost, update, self.device, base),
-            loading=base + loaded + model.mapped_bytes,
+            parts=found.parts,
+            moments=found.totals,
             seconds_per_step=forward + backward + seconds_of(update.work, rates),
             validations=1 + -(-rows.steps // every) if val_tokens else 0,
             seconds_per_validation=forward * val_tokens / rows.size.nodes,
@@ -243,29 +246,6 @@ class Forecaster:
                 width, heads = int(config.hidden_size), int(config.num_attention_heads)
             self._rates = measure_rates(self.device, self.precision.compute, width, heads)
         return self._rates
-
-
-def _parts(
-    settings: Train, model: Hollow, row: RowCost, update: UpdateCost, device: torch.device, base: int
-) -> dict[str, int]:
-    """Bytes at the worst moment, by what holds them: in a row's backward pass, or in the update."""
-    sizes = [p.numel() * p.element_size() for p in model.trained.values()]
-    numbers = sum(p.numel() for p in model.trained.values())
-    holes, growth = (CPU_HOLES, CPU_GROWTH) if device.type == "cpu" else (CUDA_HOLES, 0)
-    activations = sum(row.peak.values())
-    return {
-        "process": base,
-        "frozen weights": model.frozen_bytes,
-        "file of packed weights": model.mapped_bytes,
-        "trained weights": model.trained_bytes,
-        "gradients": max(sizes) if settings.optimizer_in_backward else sum(sizes),
-        "optimizer states": update.states,
-        "moving average": 0 if settings.ema is None else 4 * numbers,  # kept in fp32
-        "activations": int(row.peak.get(LAYERS, 0)),
-        "attention": int(row.peak.get(ATTENTION, 0)),
-        "logits": int(row.peak.get(HEAD, 0)),
-        "allocator": growth + int(max(holes * activations, update.passing - activations)),
-    }
 
 
 def _between(small: RowCost, large: RowCost, nodes: float) -> RowCost:

@@ -22,15 +22,15 @@ SMALL_WORK = 1e12
 """Parameter bytes times tokens of a run that is over before its forecast would be read."""
 
 
-def forecaster_for(settings: Train, prepared: Prepared) -> Forecaster:
-    """Forecasts on the run's device.
+def forecaster_for(settings: Train, prepared: Prepared, memory: int | None = None) -> Forecaster:
+    """Forecasts on the run's device; `memory` is all that the run's process may have, None what there is.
 
     Raises:
         ConfigError: the device or precision cannot be used here.
     """
     device = pick_device(settings.device)
     precision = trained_in(settings, pick_precision(settings.precision, device))
-    return Forecaster(settings, prepared, device, precision)
+    return Forecaster(settings, prepared, device, precision, memory)
 
 
 def foresee(settings: Train, prepared: Prepared) -> Train:
@@ -57,8 +57,8 @@ def foresee(settings: Train, prepared: Prepared) -> Train:
     note(f"foreseen: {in_words(found)}")
     if found.beyond_process > free:
         warn(
-            f"the run needs about {gib(found.beyond_process)} more memory, {gib(free)} are free on {found.device}: "
-            f"it may be ended without a word. {advice(forecaster)}"
+            f"the run needs about {shown_bytes(found.beyond_process)} more memory, {shown_bytes(free)} are free on "
+            f"{found.device}: it may be ended without a word. {advice(forecaster)}"
         )
     return settings
 
@@ -74,13 +74,17 @@ def is_small(settings: Train, prepared: Prepared) -> bool:
 def in_words(found: Forecast) -> str:
     """Peak and time in one line."""
     return (
-        f"about {gib(found.peak)} of memory at the most, {duration(found.seconds_per_step)} per step, "
+        f"about {shown_bytes(found.peak)} of memory at the most, {duration(found.seconds_per_step)} per step, "
         f"{duration(found.seconds)} in all"
     )
 
 
-def gib(size: float) -> str:
+def shown_bytes(size: float) -> str:
     """Bytes for a reader."""
+    if size < 2**20:
+        return f"{size / 2**10:.0f} KiB"
+    if size < 2**30:
+        return f"{size / 2**20:.1f} MiB" if size < 10 * 2**20 else f"{size / 2**20:.0f} MiB"
     return f"{size / 2**30:.2f} GiB" if size < 100 * 2**30 else f"{size / 2**30:.0f} GiB"
 
 
@@ -105,7 +109,7 @@ def advice(forecaster: Forecaster) -> str:
                 saved.append((now - forecaster.forecast(changed).peak, text))
     except (GraftError, RuntimeError, MemoryError):  # what it stands in must still be said
         return "Lower row_tokens or encode.max_length, or set checkpointing=full"
-    said = [f"{text} (saves {gib(size)})" for size, text in sorted(saved, reverse=True)[:3] if size > 0]
+    said = [f"{text} (saves {shown_bytes(size)})" for size, text in sorted(saved, reverse=True)[:3] if size > 0]
     return f"Try {', '.join(said)}" if said else "Only a smaller model or a larger machine will help"
 
 

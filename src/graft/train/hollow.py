@@ -53,6 +53,8 @@ class Hollow:
     mapped_bytes: int
     """Of weights that were packed, as they are stored: on the CPU the file stays mapped, as others of its weights are
     used where they lie, and its pages stay until the kernel wants them for something else."""
+    base_numbers: int
+    """Weights of the base, as a file of it holds them."""
     trained: dict[str, nn.Parameter]
     """Every trainable parameter, of all layers, as fake tensors."""
     kinds: Tally[int]
@@ -131,11 +133,13 @@ def hollow(settings: Train, precision: Precision, device: torch.device, new_toke
 def _hollow(settings: Train, precision: Precision, device: torch.device, new_tokens: Sequence[int] = ()) -> Hollow:
     """In the order of graft.train.load."""
     with torch.device("meta"):
+        base = _from_config(settings, precision.trained if settings.trains_own_weights else precision.frozen)
+        base_numbers = sum(parameter.numel() for parameter in base.parameters())
         model: PreTrainedModel | PeftModel
         if settings.trains_own_weights:
-            model = _own_weights(settings, precision, new_tokens)
+            model = _own_weights(base, settings, new_tokens)
         else:
-            model = _adapted(settings, precision, new_tokens)
+            model = _adapted(base, settings, precision, new_tokens)
     model.train()
     fuse_quantized_lora(model)
     if settings.checkpointing == "full":
@@ -163,6 +167,7 @@ def _hollow(settings: Train, precision: Precision, device: torch.device, new_tok
         frozen_bytes=_bytes(parameters) - _bytes(trained),
         trained_bytes=_bytes(trained),
         mapped_bytes=stored if device.type == "cpu" and stored_dtype(settings.model) == precision.frozen else 0,
+        base_numbers=base_numbers,
         trained=trainable(model),
         kinds=_kinds(lm, layers),
         _layers=layers,
@@ -170,8 +175,7 @@ def _hollow(settings: Train, precision: Precision, device: torch.device, new_tok
     )
 
 
-def _own_weights(settings: Train, precision: Precision, new_tokens: Sequence[int]) -> PreTrainedModel:
-    model = _from_config(settings, precision.trained)
+def _own_weights(model: PreTrainedModel, settings: Train, new_tokens: Sequence[int]) -> PreTrainedModel:
     grow(model, 1 + max(new_tokens, default=-1))
     if settings.method == "freeze":
         freeze_but(model, settings.freeze)
@@ -180,8 +184,7 @@ def _own_weights(settings: Train, precision: Precision, new_tokens: Sequence[int
     return model
 
 
-def _adapted(settings: Train, precision: Precision, new_tokens: Sequence[int]) -> PeftModel:
-    base = _from_config(settings, precision.frozen)
+def _adapted(base: PreTrainedModel, settings: Train, precision: Precision, new_tokens: Sequence[int]) -> PeftModel:
     if settings.quantize != "none":
         with_quantized_layers(base, settings.quantize, precision.frozen)
     grow(base, 1 + max(new_tokens, default=-1))

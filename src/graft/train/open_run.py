@@ -22,6 +22,7 @@ from graft.train.checkpoint import (
     clear_up,
     newest_checkpoint,
     read_state,
+    refuse_changed_settings,
     refuse_if_changed,
     refuse_without_optimizer,
 )
@@ -52,7 +53,10 @@ def open_run(settings: Train, held: ExitStack | None = None) -> tuple[Train, Run
         "lr": settings.peak_lr,
         "row_tokens": "auto" if settings.row_tokens == "auto" else settings.row_budget,
     }
-    return with_date(settings).model_copy(update=effective), run
+    settings = with_date(settings).model_copy(update=effective)
+    if settings.resume:
+        refuse_changed_settings(run, settings)
+    return settings, run
 
 
 def _refuse_folder(run: RunFolder, settings: Train) -> None:

@@ -31,7 +31,7 @@ def plan(settings: Train, memory: int | None = None) -> tuple[Forecast, list[Opt
     settings = with_date(settings)
     with tempfile.TemporaryDirectory() as aside:  # the rejects and held-out parts are a run's, not a plan's
         prepared = prepare(settings, RunFolder(Path(aside)))
-    forecaster = forecaster_for(settings, prepared)
+    forecaster = forecaster_for(settings, prepared, memory)
     free = free_bytes(forecaster.device)
     if settings.row_tokens == "auto":
         budget, _ = forecaster.choose_budget(free if memory is None else memory)

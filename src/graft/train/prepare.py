@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -19,11 +18,12 @@ from graft.errors import InputError
 from graft.model.load import vocabulary_size
 from graft.runs import RunFolder, weights_fingerprint
 from graft.tokens.encode import NOT_THINKING, THINKING
-from graft.tokens.load import load_renderer
+from graft.tokens.load import load_renderer, say_notes
 from graft.tokens.plan import Plan
 from graft.tokens.renderer import Renderer
 from graft.tokens.spelling import UNSPELLED
 from graft.tokens.store import ExampleStore, encode_stored
+from graft.train.checkpoint import decisive
 from graft.types import Conversation
 
 
@@ -52,8 +52,7 @@ def prepare(settings: Train, run: RunFolder) -> Prepared:
     """
     renderer = renderer_of(settings)
     note(f"chat template: {renderer.template_name}")
-    for text in renderer.notes:
-        note(text)
+    say_notes(renderer)
     vocabulary = vocabulary_size(settings.model, settings.trust_remote_code)
     loaded = _load(settings.data)
     others = [_load(sources) for sources in (settings.val, settings.test)]
@@ -171,30 +170,13 @@ def _repeats(
 def _made_of(
     settings: Train, train: ExampleStore, validation: ExampleStore, renderer: Renderer, plan: Plan
 ) -> dict[str, str]:
-    """What decides the course of a run. Settings that only decide what is watched or kept are left out."""
-    decides = settings.model_dump(
-        mode="json",
-        include={
-            "method", "lora", "peft", "freeze", "new_tokens", "quantize", "master_weights", "precision", "batch_size",
-            "epochs", "max_steps", "seed",
-            "lr", "lr_patterns", "schedule", "decay", "power", "warmup", "min_lr_ratio", "weight_decay", "optimizer",
-            "optimizer_options", "optimizer_in_backward", "beta1", "beta2", "eps", "clip", "loss", "label_smoothing",
-            "neftune_alpha", "ema", "router_aux_loss",
-        },
-    )  # fmt: skip
+    """What decides the course of a run."""
     repeats = hashlib.blake2b(repr(plan.repeats).encode(), digest_size=8).hexdigest()
     return {
-        "model": _place(settings.model),
+        **decisive(settings),
         "model's weights": weights_fingerprint(settings.model),
         "encoded data": train.key,
         "validation data": validation.key,
         "chat template and tokenizer": renderer.fingerprint(),
         "source weights": repeats,
-        **{key: str(value) for key, value in decides.items()},
-        "init_from": _place(settings.init_from) if settings.init_from else "None",
     }
-
-
-def _place(name: str) -> str:
-    """A folder wherever it is named from; a hub's id as it is."""
-    return str(Path(name).resolve()) if Path(name).exists() else name

@@ -59,15 +59,6 @@ def shortest(example: Example) -> Example:
     return replace(example, ids=example.ids[:2], weights=np.array([0, 1], np.float32)[: len(example.ids)])
 
 
-def beginning(example: Example, tokens: int) -> Example:
-    """So many tokens of an example at most; of a longer one's beginning every token is a target."""
-    if len(example.ids) <= tokens:
-        return example
-    weights = np.ones(tokens, np.float32)
-    weights[0] = 0
-    return replace(example, ids=example.ids[:tokens], weights=weights)
-
-
 def prices_of(lm: TreeLM) -> Prices:
     """Operations by the model's shape: two for each weight of its layers, four for each feature of a pair's heads."""
     config = lm.base.config.get_text_config()

@@ -20,6 +20,7 @@ from graft.runs import append_jsonl
 from graft.tokens.renderer import Renderer
 from graft.types import Conversation, Message, Origin
 from graft.use.predict import split_answer
+from graft.words import counted
 
 COMMANDS = {
     "/system": "TEXT sets the system text and starts afresh; without TEXT there is none",
@@ -77,7 +78,7 @@ class Speed:
     def __str__(self) -> str:
         rate = f"{self.tokens / self.seconds:.0f} tokens/s" if self.seconds > 0 else "-"
         ended = {"length": ", cut at the limit of new tokens", "interrupted": ", stopped by you"}.get(self.finish, "")
-        return f"{self.tokens} tokens, {rate}{ended}"
+        return f"{counted(self.tokens, 'token')}, {rate}{ended}"
 
 
 @dataclass(frozen=True, slots=True)

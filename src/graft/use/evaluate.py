@@ -31,6 +31,7 @@ from graft.use.metrics import exact_match, proportion
 from graft.use.open import Target, resolve
 from graft.use.predict import Answer, Question, answer_all, questions_of, sampling_shown
 from graft.use.result import Column, Evaluation
+from graft.words import counted
 
 if TYPE_CHECKING:
     from graft.model.load import LoadedModel
@@ -121,7 +122,8 @@ class _Work:
             self.examples, self.rejected = len(encoded.examples), len(encoded.rejects)
             self.longest_answer = max((len(e.ids) - e.prompt_len for e in encoded.examples if e.prompt_len), default=0)
             if encoded.rejects:
-                warn(f"{len(encoded.rejects)} conversations have no loss, the first: {encoded.rejects[0].reason}")
+                without = counted(len(encoded.rejects), "conversation")
+                warn(f"{without} without a loss, the first: {encoded.rejects[0].reason}")
             note(sampling_shown(self.sampling()))
         answers = answer_all(opened.engine, renderer, self.questions, self.sampling(), label=f"{name} answers")
         loss, accuracy, tokens = _teacher_forced(opened, encoded.examples)

@@ -15,15 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from graft.config.data import Source
 from graft.config.engine import EngineName
 from graft.config.train import Sampling
 from graft.console import note, progress, warn
+from graft.data.load import load_sources
 from graft.errors import InputError
 from graft.runs import write_atomic
 from graft.tokens.chat_template import BLOCKS
 from graft.tokens.renderer import Renderer, TemplateRefused
 from graft.tokens.response import split_reasoning
 from graft.types import Conversation, Message
+from graft.words import counted, one_or_many
 
 if TYPE_CHECKING:
     from graft.use.engine import Engine
@@ -215,6 +218,39 @@ def predict_file(
     for row in ordered[: len(questions)]:
         counts[row["finish"]] += 1
     return counts
+
+
+ENDED = {
+    "stop": ("ended by itself", "ended by themselves"),
+    "length": ("cut at the longest length", "cut at the longest length"),
+    "too_long": ("not asked, the prompt fills the context", "not asked, their prompts fill the context"),
+    "refused": ("refused by the chat template", "refused by the chat template"),
+}
+"""What `finish` means for one answer and for several."""
+
+
+def counts_in_words(counts: Mapping[str, int]) -> str:
+    """`12 answers: 10 ended by themselves, 2 cut at the longest length`."""
+    ended = (f"{count} {one_or_many(count, *ENDED[name])}" for name, count in counts.items() if count)
+    return f"{counted(sum(counts.values()), 'answer')}: {', '.join(ended)}"
+
+
+def read_questions(data: Sequence[str], thinking: bool | None, limit: int | None = None) -> tuple[list[Question], int]:
+    """The questions of files, the first `limit` of them, and how many rows were rejected.
+
+    Raises:
+        InputError: a file cannot be read, or nothing in them asks anything.
+    """
+    loaded = load_sources([Source(path=path) for path in data], require_answer=False)
+    for reject in loaded.rejects[:3]:
+        warn(f"{reject.file}:{reject.line}: {reject.field}: {reject.reason}")
+    questions, silent = questions_of(loaded.conversations, thinking)
+    if silent:
+        asks = one_or_many(silent, "asks nothing (raw text) and is", "ask nothing (raw text) and are")
+        warn(f"{silent} of {counted(len(loaded.conversations), 'conversation')} {asks} left out")
+    if not questions:
+        raise InputError(f"{', '.join(data)}: no questions among {counted(loaded.read, 'row')}")
+    return list(questions[:limit]), len(loaded.rejects)
 
 
 def write_predictions(path: Path, answers: Sequence[Answer]) -> None:

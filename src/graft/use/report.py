@@ -16,6 +16,7 @@ from graft.use.curves import read_curves
 from graft.use.metrics import Proportion
 from graft.use.plot import draw, save, svg_data_uri
 from graft.use.result import Column, Evaluation, difference_shown, percent, table_rows
+from graft.words import counted
 
 SAMPLES = 12
 _LONGEST_CELL = 600
@@ -132,7 +133,7 @@ def _counts(run: RunFolder, environment: Mapping[str, Any], evaluation: Evaluati
         files = {"val": run.data / "val.jsonl", "test": run.data / "test.jsonl", "rejected": run.rejects}
         counts = {name: str(_lines(path)) for name, path in files.items() if path.is_file()}
     if evaluation is not None:
-        counts["evaluated"] = f"{evaluation.questions} questions of {', '.join(evaluation.data)}"
+        counts["evaluated"] = f"{counted(evaluation.questions, 'question')} of {', '.join(evaluation.data)}"
     return counts
 
 

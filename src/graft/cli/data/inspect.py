@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graft.cli.options import TrustRemoteCode
+from graft.words import counted
 
 if TYPE_CHECKING:
     from graft.config.train import Encode, Train
@@ -152,10 +153,9 @@ class _Chosen:
 def _show(chosen: _Chosen, renderer: Renderer) -> None:
     from graft import console
     from graft.tokens import show
-    from graft.visible import escape_hidden
+    from graft.tokens.load import say_notes
 
-    for said in renderer.notes:
-        console.note(escape_hidden(said))
+    say_notes(renderer)
     console.out.print(show.legend())
     notes: Counter[str] = Counter()
     for conversation, result in chosen.encoded(renderer, notes):
@@ -293,8 +293,8 @@ def _step(settings: Train, renderer: Renderer, number: int) -> tuple[Step, str]:
     held_out = len(parts.val) + len(parts.test)
     facts = (
         f"step {number} of {plan.total_steps} in the first epoch: {len(chosen)} of {len(store)} conversations, "
-        f"{step.examples} examples; {step.sharing.tokens:,} tokens are computed as {step.sharing.nodes:,}, "
-        f"{step.sharing.ratio:.2f} times fewer; {held_out} conversations are held out "
+        f"{counted(step.examples, 'example')}; {step.sharing.tokens:,} tokens are computed as {step.sharing.nodes:,}, "
+        f"{step.sharing.ratio:.2f} times fewer; {counted(held_out, 'conversation')} held out "
         f"(split.val {settings.split.val:g}, split.test {settings.split.test:g})"
     )
     return step, facts

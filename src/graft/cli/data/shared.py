@@ -58,6 +58,15 @@ def keep_sources(files: Sequence[str], written: Sequence[Path]) -> None:
             )
 
 
+def refuse_to_overwrite(written: Sequence[Path], overwrite: bool) -> None:
+    """Refuse to write where something is already, unless that is wanted."""
+    from graft.errors import InputError
+
+    there = [path for path in written if path.is_file()]
+    if there and not overwrite:
+        raise InputError(f"{there[0]}: is there already; choose another --out, or --overwrite")
+
+
 def _real(path: str | Path) -> Path:
     """Where the path leads. Links that lead in a circle are left to the reader, where `Path.resolve` would raise."""
     return Path(os.path.realpath(path))

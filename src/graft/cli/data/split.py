@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from graft.cli.data.shared import AsJson, Files, FormatName, MaxRejected, keep_sources, sources_of
+from graft.cli.data.shared import AsJson, Files, FormatName, MaxRejected, keep_sources, refuse_to_overwrite, sources_of
 from graft.words import counted
 
 if TYPE_CHECKING:
@@ -61,38 +61,24 @@ def split_data(
         typer.Option(help="What columns are called, ours=theirs: question=Frage,answer=Antwort.", metavar="A=B,..."),
     ] = None,
     max_rejected: MaxRejected = 0.01,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over parts that are there.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Divide data into train, val and test, keep near-duplicates together, and drop what evaluation files hold."""
     from graft import console
     from graft.data.splitting.division import Wanted
     from graft.data.splitting.partition import split_files
-    from graft.errors import ConfigError
     from graft.runs import make_writable
 
-    for name, wish in (("val", val), ("test", test)):
-        if wish >= 1 and not wish.is_integer():
-            raise ConfigError(f"--{name} {wish:g}: a share is below 1, a count of rows is a whole number")
-    if val < 1 and test < 1 and val + test >= 1:
-        raise ConfigError(f"--val {val:g} + --test {test:g} leave nothing to train on; make their sum less than 1")
-    evaluations = tuple(against or ())
+    wanted = Wanted(
+        val=val, test=test, group=group, stratify=stratify, near=near, against=tuple(against or ()),
+        drop=against_action == "drop", gram_share=ngram_share, check=check, max_rejected=max_rejected, workers=workers,
+    )  # fmt: skip
     written = [out / f"{name}.jsonl" for name in ("train", "val", "test", "rejects", "overlaps")]
-    keep_sources((*files, *evaluations), written)
+    keep_sources((*files, *wanted.against), written)
+    refuse_to_overwrite(written[:3], overwrite)  # the lists of an earlier attempt are nobody's data
     sources = sources_of(files, form, columns)
     make_writable(out)
-    wanted = Wanted(
-        val=val,
-        test=test,
-        group=group,
-        stratify=stratify,
-        near=near,
-        against=evaluations,
-        drop=against_action == "drop",
-        gram_share=ngram_share,
-        check=check,
-        max_rejected=max_rejected,
-        workers=workers,
-    )
     with console.progress("reading", None) as advance:
         outcome = split_files(sources, out, wanted, lambda rows: advance(rows, ""))
     if as_json:
@@ -138,7 +124,7 @@ def _show(outcome: Outcome, out: Path, drop: bool) -> None:
     if outcome.evaluation_rows:
         where = f"dropped, listed in {out / 'rejects.jsonl'}" if drop else f"kept, listed in {out / 'overlaps.jsonl'}"
         typer.echo(
-            f"{outcome.against.total()} rows overlap {outcome.evaluation_rows} evaluation rows: "
+            f"{counted(outcome.against.total(), 'overlap')} with {counted(outcome.evaluation_rows, 'evaluation row')}: "
             f"{_by_kind(outcome.against)} ({where})"
         )
     console.table(

@@ -17,6 +17,7 @@ from graft.data.reading.read import Part, open_address
 from graft.data.tally import Tally
 from graft.errors import InputError
 from graft.types import Conversation, Message, Origin, Reject
+from graft.words import counted
 
 ASKING = ("question", "query", "prompt", "instruction", "turns", "problem", "sentence", "text", "content")
 """Columns that hold what is asked, where a row fits no format; the first that a row has counts."""
@@ -58,7 +59,7 @@ def _stream(part: Part, choice: Choice | None, path: str, tally: Tally) -> Itera
         else:
             tally.keep()
         yield result
-    said = ", ".join(f"{how} ({count} rows)" for how, count in found.most_common(4))
+    said = ", ".join(f"{how} ({counted(count, 'row')})" for how, count in found.most_common(4))
     tally.decisions.append(f"{part.name}: compared by {said or 'nothing, no row can be read'}")
 
 

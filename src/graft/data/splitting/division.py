@@ -46,6 +46,20 @@ class Wanted:
     max_rejected: float = 0.01
     workers: int = 1
 
+    def __post_init__(self) -> None:
+        """Refuse sizes of parts that mean nothing.
+
+        Raises:
+            ConfigError: a count that is no whole number, or shares that leave nothing.
+        """
+        for name, wish in (("val", self.val), ("test", self.test)):
+            if wish >= 1 and not float(wish).is_integer():
+                raise ConfigError(f"--{name} {wish:g}: a share is below 1, a count of rows is a whole number")
+        if self.val < 1 and self.test < 1 and self.val + self.test >= 1:
+            raise ConfigError(
+                f"--val {self.val:g} + --test {self.test:g} leave nothing to train on; make their sum less than 1"
+            )
+
 
 @dataclass(slots=True)
 class Outcome:

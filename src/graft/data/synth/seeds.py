@@ -16,6 +16,7 @@ from graft.data.load import load_sources
 from graft.data.reading.read import read_rows
 from graft.errors import InputError
 from graft.types import Conversation, Origin, Reject
+from graft.words import counted
 
 BARE = ("question", "instruction", "query", "prompt")
 """Columns that hold a question in rows that have no answer beside it."""
@@ -96,7 +97,7 @@ def _load_bare(path: str) -> Seeds:
         else:
             text, answered = _with_instance(row, row[column].strip())
             kept.append(Seed(text, origin, answered))
-    return Seeds(kept, rejects, len(kept) + len(rejects), [f"{path}: {len(kept)} questions"])
+    return Seeds(kept, rejects, len(kept) + len(rejects), [f"{path}: {counted(len(kept), 'question')}"])
 
 
 def _with_instance(row: Mapping[str, Any], text: str) -> tuple[str, bool]:
