@@ -12,8 +12,9 @@ export TOKENIZERS_PARALLELISM := false
 demo: $(READY)
 	$(BIN)/graft demo
 
+# One process per core: the tests compute with one thread each.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 
 from graft.config.train import Train, load_train
 from graft.model.adapters import add_lora, trainable
-from graft.model.attention import BACKENDS, Shape, TreeRow
+from graft.model.attend import Shape
+from graft.model.attention import BACKENDS, TreeRow
 from graft.model.attention_pick import row_step
 from graft.model.device import pick_device, pick_precision, prepare_device
 from graft.model.trees import LogitShape

@@ -327,7 +327,7 @@ def calibrate(rows: Any, tokens: Any, settings: Any) -> dict[str, float]:
 
 
 def compare(
-    case: str, steps: int, threads: int, peer: str | None, by_length: bool, method: str, precision: str
+    case: str, steps: int, threads: int, peer: str | None, by_length: bool, method: str, precision: str, batch: int
 ) -> dict[str, Any]:
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as scratch:
@@ -342,7 +342,7 @@ def compare(
                 f"data={data}",
                 f"encode.max_length={1024 if turns == 1 else 4096}",
                 "row_tokens=8192",
-                f"batch_size={16 // turns}",
+                f"batch_size={batch // turns}",
                 f"max_steps={steps}",
                 "warmup=0",
                 f"method={method}",
@@ -402,6 +402,7 @@ def main() -> None:
     parser.add_argument("--sorted", action="store_true", help="give the peer each step's rows sorted by length")
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--batch", type=int, default=16, help="answers of an optimizer step")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "train.json")
     args = parser.parse_args()
@@ -412,7 +413,7 @@ def main() -> None:
         "commit": commit.strip(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
         "cases": [
-            compare(case, args.steps, args.threads, args.peer, args.sorted, args.method, args.precision)
+            compare(case, args.steps, args.threads, args.peer, args.sorted, args.method, args.precision, args.batch)
             for case in args.case or list(CASES)
         ],
     }

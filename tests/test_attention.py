@@ -9,7 +9,8 @@ from tiny import ON_TREES, branching_examples, make_example, make_model
 
 from graft.errors import ConfigError
 from graft.model import attention_flex, attention_varlen
-from graft.model.attention import DENSE, SEGMENTS, Shape, TreeRow, dense_attention, register, segment_attention
+from graft.model.attend import Shape
+from graft.model.attention import DENSE, SEGMENTS, TreeRow, dense_attention, register, segment_attention
 from graft.model.attention_flex import (
     BLOCK,
     FLEX,

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from graft.model import attention, product
 from graft.model import lora as lora_layers
-from graft.model.attention import Shape, TreeRow, dense_attention, segment_attention
+from graft.model.attend import Shape
+from graft.model.attention import TreeRow, dense_attention, segment_attention
 from graft.model.attention_parts import BLOCK, Parts, block_size
 from graft.model.trees import TreeLM
 from graft.tokens.tree import build_rows, segments, visible
@@ -70,10 +71,11 @@ def test_parts_and_causal_runs_are_what_is_seen_and_nothing_twice(seed):
     row = random_row(seed)
     parts = Parts.of(segments(row))
     seen = np.zeros((len(row), len(row)), int)
-    for start, end in parts.runs:
-        seen[start:end, start:end] += np.tri(end - start, dtype=int)
-    for start, end, to in parts.below:
-        seen[end:to, start:end] += 1
+    for queries, keys in (block for run in parts.runs for block in run):
+        asked, among = queries.stop - queries.start, keys.stop - keys.start
+        seen[queries, keys] += np.tri(asked, among, among - asked, dtype=int)
+    for queries, keys in parts.below:
+        seen[queries, keys] += 1
     assert np.array_equal(seen, visible(row).astype(int))
 
 

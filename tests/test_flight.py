@@ -7,7 +7,7 @@ from transformers import GenerationConfig, LlamaConfig, Phi3Config
 
 from graft.config.train import Sampling
 from graft.errors import InputError
-from graft.model import device, flight, kept, room
+from graft.model import device, flight, kept, padded, room
 from graft.model.generate import generate_batch, generate_in_batches
 from graft.model.room import Budget, Generated
 from graft.model.trees import TreeLM
@@ -190,11 +190,9 @@ def test_running_out_of_memory_halves_the_rows_and_changes_no_answer(lm, monkeyp
 
 
 def test_padded_batches_halve_too(lm, monkeypatch):
-    from graft.model import generate
-
     prompts, sampling = _prompts(), Sampling(max_new_tokens=5)
     wanted = generate_batch(lm.model, prompts, STOPS, sampling)
-    original, tried = generate._by_steps, []
+    original, tried = padded._by_steps, []
 
     def small(model, batch, *others):
         tried.append(len(batch))
@@ -202,7 +200,7 @@ def test_padded_batches_halve_too(lm, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(model, batch, *others)
 
-    monkeypatch.setattr(generate, "_by_steps", small)
+    monkeypatch.setattr(padded, "_by_steps", small)
     assert generate_batch(lm.model, prompts, STOPS, sampling) == wanted
     assert tried == [9, 4, 2, 2, 2, 2, 1]
 

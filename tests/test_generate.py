@@ -21,14 +21,10 @@ from transformers import (
 
 from graft.config.train import Sampling
 from graft.errors import InputError
-from graft.model import generate, room
-from graft.model.generate import (
-    PromptMemory,
-    Stream,
-    generate_batch,
-    generate_in_batches,
-)
+from graft.model import padded, room
+from graft.model.generate import generate_batch, generate_in_batches
 from graft.model.room import Generated, context_limit
+from graft.model.stream import PromptMemory, Stream
 
 VOCAB = 96
 
@@ -101,13 +97,13 @@ def test_a_greedy_batch_of_mixed_lengths_is_exactly_the_single_runs(family):
 def test_the_comparison_can_fail_padding_that_is_seen_changes_answers(llama, monkeypatch):
     prompts = _prompts(10)
     wanted = [_obvious(llama, prompt, (), 12) for prompt in prompts]
-    right = generate._left_pad
+    right = padded._left_pad
 
     def visible_padding(*arguments):
         ids, mask, positions = right(*arguments)
         return ids, torch.ones_like(mask), positions
 
-    monkeypatch.setattr(generate, "_left_pad", visible_padding)
+    monkeypatch.setattr(padded, "_left_pad", visible_padding)
     assert generate_batch(llama, prompts, (), Sampling(max_new_tokens=12)) != wanted
 
 
@@ -233,7 +229,7 @@ def test_the_context_limit_shortens_answers_row_by_row_and_refuses_full_prompts(
 
 def test_batches_keep_to_rows_and_memory_and_cover_every_prompt_once(llama, monkeypatch):
     prompts = _prompts(30)
-    monkeypatch.setattr(generate, "BATCH_ROWS", 8)
+    monkeypatch.setattr(padded, "BATCH_ROWS", 8)
     per_token = 2 * 2 * 2 * 8 * 4  # keys and values, layers, key heads, head size, bytes
     per_row = 4 * VOCAB * 4
     monkeypatch.setattr(room, "free_bytes", lambda device: 2 * (per_token * 150 + per_row * 8))

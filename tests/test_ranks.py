@@ -156,6 +156,18 @@ def test_what_one_process_finds_wrong_is_said_once_and_ends_all(base, tmp_path):
     assert sorted(text.split(":")[0] for text in found) == ["Elsewhere", "InputError"], found
 
 
+def other_lr_in_the_second(rank: int, settings: Train) -> str:
+    return run_as(rank, settings.model_copy(update={"lr": 5e-3 * (1 + rank)}))
+
+
+def test_processes_that_were_told_different_things_end(base, tmp_path):
+    found = together(2, other_lr_in_the_second, settings_for(base, tmp_path, "two"))
+    assert sum("differ in lr: rank 0 on" in text for text in found) == 1, found
+    assert "has 0.005, rank 1 on" in "".join(found)
+    assert "has 0.01;" in "".join(found)
+    assert not (tmp_path / "two" / "final").exists()
+
+
 def test_a_full_disk_in_the_first_process_ends_all(base, tmp_path):
     settings = settings_for(base, tmp_path, "run")
     found = together(2, run_with_a_full_disk, settings)

@@ -445,7 +445,7 @@ def test_noise_is_off_in_validation_and_of_the_papers_size(base):
     for node in range(len(row)):
         assert lengths[node] == 1 + max(row.depth[node : row.end[node]])
     plain = lm.embedding(tree.ids)
-    with noisy_embedding(lm.embedding, row, 5.0):
+    with noisy_embedding(lm.embedding, tree, 5.0):
         noise = lm.embedding(tree.ids) - plain
     assert torch.equal(lm.embedding(tree.ids), plain)
     most = 5.0 / (torch.tensor(lengths) * 32).float().sqrt()

@@ -175,6 +175,9 @@ class Train(Settings):
     """With several processes: how many hold one copy of the weights between them (FSDP2). `all` needs least memory, 1
     gives each its own copy, `host` one copy per host, so that only gradients travel between hosts. The result is the
     same."""
+    context_ranks: int = Field(default=1, ge=1)
+    """With several processes: how many compute one row together, each some of its nodes, where a row's activations are
+    too large for one device. It divides the number of processes. The result is the same."""
     offload_weights: bool = False
     """With several processes on accelerators: keep weights and optimizer states in the host's memory between uses."""
     epochs: float = Field(default=3.0, gt=0, le=1_000_000)
@@ -310,6 +313,12 @@ def _contradictions(s: Train) -> Iterator[str | bool]:
         and "method=freeze trains nothing with freeze.layers 0 and no freeze.patterns; give one of them"
     )
     yield from _without_effect(s)
+    yield (
+        s.attention == "varlen"
+        and s.context_ranks > 1
+        and f"attention=varlen computes whole sequences, but context_ranks {s.context_ranks} splits them over "
+        "processes; use attention=auto"
+    )
     yield (
         s.label_smoothing > 0
         and s.loss == "dft"

@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from graft.model.attend import FASTER_IN_16_BITS, Shape, added_to_scores, attend
 from graft.model.attention_parts import Parts, attention_in_parts
+from graft.model.attention_pieces import Pieces, attention_of_pieces
+from graft.model.context import Share
 from graft.model.count import ATTENTION, part
 from graft.model.device import send
 from graft.model.row_mask import Form, RowMask, mask_function
@@ -31,10 +33,6 @@ from graft.types import Row
 
 SEGMENTS = "graft_segments"
 DENSE = "graft_dense"
-
-FASTER_IN_16_BITS = 300
-"""Queries from which torch's CPU kernel and its gradient are as fast in 16 bits as in fp32: 128 take 4.3 ms, not 1.4,
-400 take as long (8 heads of 64, one core with matrix units for bf16)."""
 
 
 class RowMissing(RuntimeError):
@@ -61,6 +59,11 @@ class TreeRow:
     multiplicity: Tensor
     """[N] float32: number of examples that pass through each node."""
     segments: Segments
+    all_depth: Tensor
+    """[N] depth of every node of the row, computed here or by another process."""
+    share: Share | None = None
+    """What this process computes of a row that is split: all of the above but `segments` and `all_depth` are then of
+    its own n nodes, and predictors are numbered among them."""
     windows: set[int] = field(default_factory=set)
     """Sliding windows and chunks that the attention function was asked for, in tokens."""
     calls: int = 0
@@ -71,113 +74,48 @@ class TreeRow:
     """What a backend made of the row for all layers (a block mask, sequence lengths), by a key of its own."""
 
     @classmethod
-    def of(cls, row: Row, device: torch.device) -> TreeRow:
-        """Move a row's arrays to a device; the host does not wait until they are there."""
+    def of(cls, row: Row, device: torch.device, share: Share | None = None) -> TreeRow:
+        """Move a row's arrays, or what one process computes of them, to a device.
+
+        The host does not wait until they are there.
+        """
         nodes = targets(row)
+        predictors = row.parent[nodes]
+        mine: Any = slice(None)
+        if share is not None:
+            mine = share.nodes
+            here = share.place[predictors] >= 0
+            nodes, predictors = nodes[here], share.place[predictors[here]]
 
         def tensor(array: Any) -> Tensor:
             return send(array, device)
 
+        depth = tensor(row.depth).long()
         return cls(
             row=row,
-            ids=tensor(row.ids).long()[None],
-            depth=tensor(row.depth).long()[None],
-            predictors=tensor(row.parent[nodes]).long(),
-            asked=tensor(np.unique(row.parent[nodes])).long(),
+            ids=tensor(row.ids[mine]).long()[None],
+            depth=depth[None] if share is None else depth[share.queries][None],
+            predictors=tensor(predictors).long(),
+            # Of a split row another process may have all predictors; not every module takes no nodes at all.
+            asked=tensor(np.unique(predictors) if share is None or len(predictors) else np.zeros(1, np.int64)).long(),
             labels=tensor(row.ids[nodes]).long(),
             weights=tensor(row.weight[nodes]),
-            multiplicity=tensor(row.multiplicity).float(),
+            multiplicity=tensor(row.multiplicity[mine]).float(),
             segments=segments(row),
+            all_depth=depth,
+            share=share,
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a layer adds to plain scaled dot-product attention."""
-
-    scaling: float | None = None
-    """Factor on the scores; None is 1 / sqrt(D)."""
-    window: int | None = None
-    """A query sees keys less than this many depths above it."""
-    softcap: float | None = None
-    """Scores become softcap * tanh(score / softcap) (Gemma 2)."""
-    sinks: Tensor | None = None
-    """[H] one extra score per head in the softmax's denominator (gpt-oss)."""
-    slopes: Tensor | None = None
-    """[H] ALiBi: slope * depth of the key is added to each score (Press et al. 2021, arXiv:2108.12409)."""
-    dropout: float = 0.0
-    chunk: int | None = None
-    """A query sees keys of its own chunk of so many depths (Llama 4)."""
-
-    @property
-    def plain(self) -> bool:
-        """Whether the fused kernel computes it."""
-        return self.softcap is None and self.sinks is None
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, shape: Shape, causal: bool, added: Tensor | None) -> Tensor:
-    """[B, H, n, D] attention of queries [B, H, n, D] to keys and values [B, K, m, D].
-
-    `added` is added to the scores, [H or 1, n, m] with -inf where a key is not seen; without it every key is seen, or
-    with `causal` (n = m) those that are not later.
-    """
-    if query.device.type == "cpu" and query.element_size() == 2 and query.shape[2] < FASTER_IN_16_BITS:
-        return attend(query.float(), key.float(), value.float(), shape, causal, added).to(query.dtype)
-    if not shape.plain:
-        if causal:
-            added = added_to_scores(query.shape[2], key.shape[2], shape, query)
-        return _attend_written_out(query, key, value, shape, added)
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=None if added is None else added[None].to(query.dtype),
-        is_causal=causal,
-        dropout_p=shape.dropout,
-        scale=shape.scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-
-
-def _attend_written_out(query: Tensor, key: Tensor, value: Tensor, shape: Shape, added: Tensor | None) -> Tensor:
-    """Attention with soft-capped scores or sinks, which no fused kernel of torch computes."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scaling = shape.scaling if shape.scaling is not None else query.shape[-1] ** -0.5
-    scores = query @ key.transpose(-1, -2) * scaling
-    if shape.softcap is not None:
-        scores = shape.softcap * torch.tanh(scores / shape.softcap)
-    if added is not None:
-        scores = scores + added
-    if shape.sinks is not None:
-        sinks = shape.sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1).to(scores.dtype)
-        scores = torch.cat([scores, sinks], dim=-1)
-    shares = scores.float().softmax(dim=-1).to(query.dtype)
-    if shape.sinks is not None:
-        shares = shares[..., :-1]
-    return F.dropout(shares, shape.dropout) @ value
-
-
-def added_to_scores(n: int, m: int, shape: Shape, like: Tensor, first: int = 0) -> Tensor:
-    """[H or 1, n, m] for n queries at the end of a path of m keys, the first of which is at depth `first`.
-
-    -inf where a key is later than the query or outside its window or chunk, else 0, or the ALiBi bias.
-    """
-    query, key = (torch.arange(start, m, device=like.device) for start in (m - n, 0))
-    distance = query[:, None] - key[None, :]
-    unseen = distance < 0 if shape.window is None else (distance < 0) | (distance >= shape.window)
-    if shape.chunk is not None:
-        unseen |= ((query + first) // shape.chunk)[:, None] != ((key + first) // shape.chunk)[None, :]
-    if shape.slopes is None:
-        return torch.zeros(1, n, m, dtype=like.dtype, device=like.device).masked_fill_(unseen, -torch.inf)
-    bias = shape.slopes[:, None, None].to(like.device) * (key + first)
-    return bias.expand(-1, n, -1).to(like.dtype).masked_fill(unseen, -torch.inf)
-
-
 def segment_attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow, shape: Shape) -> Tensor:
-    """[1, H, N, D]: each unbranched run of nodes attends to its ancestors' keys and causally to its own."""
+    """[1, H, N, D]: each unbranched run of nodes attends to its ancestors' keys and causally to its own.
+
+    Of a split row the queries are those of some nodes, [1, H, n, D]; so they are for every backend.
+    """
     if _in_parts(query, value, tree, shape):
         return _attention_in_parts(query, key, value, tree, shape)
+    if tree.share is not None:
+        return _attention_of_share(query, key, value, tree, shape, tree.share)
     return _attention_by_run(query, key, value, tree, shape)
 
 
@@ -196,10 +134,19 @@ def _attention_in_parts(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow
     query, key, value = (tensor.to(form) for tensor in (query, key, value))
     name = ("parts", form)
     if name not in tree.prepared:
-        made = Parts.of(tree.segments)
+        made = Parts.of(tree.segments, None if tree.share is None else tree.share.held)
         tree.prepared[name] = made, made.mask(query)
     parts, mask = tree.prepared[name]
     return attention_in_parts(query, key, value, parts, mask, shape.scaling).to(wanted)
+
+
+def _attention_of_share(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow, shape: Shape, share: Share) -> Tensor:
+    name = ("pieces", shape.window, shape.chunk)
+    if name not in tree.prepared:
+        tree.prepared[name] = Pieces.of(tree.segments, share.held, shape.window, shape.chunk)
+    wanted = _format(query)
+    query, key, value = (tensor.to(wanted) for tensor in (query, key, value))
+    return attention_of_pieces(query, key, value, tree.prepared[name], shape)
 
 
 def _format(query: Tensor) -> torch.dtype:
@@ -257,13 +204,15 @@ def _path_in_window(cut: Segments, index: int, window: int | None) -> tuple[Sequ
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow, shape: Shape) -> Tensor:
     """[1, H, N, D] with the N x N mask written out: the definition, for tests."""
     seen = torch.as_tensor(visible(tree.row), device=query.device)
-    depth = tree.depth[0]
+    if tree.share is not None:
+        seen = seen[tree.share.queries]
+    own, depth = tree.depth[0], tree.all_depth
     if shape.window is not None:
-        seen &= depth[:, None] - depth[None, :] < shape.window
+        seen &= own[:, None] - depth[None, :] < shape.window
     if shape.chunk is not None:
-        seen &= depth[:, None] // shape.chunk == depth[None, :] // shape.chunk
+        seen &= own[:, None] // shape.chunk == depth[None, :] // shape.chunk
     bias = torch.zeros(1, 1, 1) if shape.slopes is None else shape.slopes[:, None, None].cpu() * depth.float().cpu()
-    added = bias.to(query).expand(-1, len(depth), len(depth)).masked_fill(~seen, -torch.inf)
+    added = bias.to(query).expand(-1, len(own), len(depth)).masked_fill(~seen, -torch.inf)
     return attend(query, key, value, shape, False, added)
 
 
@@ -272,10 +221,22 @@ BACKENDS: dict[str, Compute] = {}
 
 
 def register(name: str, compute: Compute) -> None:
-    """Make a backend known: to `BACKENDS`, and to the models of transformers under the same name."""
-    BACKENDS[name] = compute
-    AttentionInterface.register(name, _for_transformers(compute))
+    """Make a backend known: to `BACKENDS`, and to the models of transformers under the same name.
+
+    Of a split row it is given the queries of this process's nodes, and the keys and values of all.
+    """
+    BACKENDS[name] = _with_all_keys(compute)
+    AttentionInterface.register(name, _for_transformers(BACKENDS[name]))
     AttentionMaskInterface.register(name, mask_function)
+
+
+def _with_all_keys(compute: Compute) -> Compute:
+    def attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow, shape: Shape) -> Tensor:
+        if tree.share is None:
+            return compute(query, key, value, tree, shape)
+        return tree.share.attend(lambda keys, values: compute(query, keys, values, tree, shape), key, value)
+
+    return attention
 
 
 def _for_transformers(compute: Compute) -> Any:

@@ -4,7 +4,8 @@ A row's mask `j <= i < end[j]` is handed to the kernel twice: as a function of (
 blocks of queries and keys have nothing to compute, which need no mask, and which need it. The grid follows from
 block-wise extremes of `end` and `depth`; nothing of size N x N is ever made.
 
-Shapes: H query heads, K key heads, N nodes, D head size, b nodes of a block, n = ceil(N / b) blocks.
+Shapes: H query heads, K key heads, N nodes, D head size, b nodes of a block, n blocks of queries, m = ceil(N / b) of
+keys (n = m but for rows that are split over processes).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from graft.model.attention import Shape, TreeRow, register
+from graft.model.attend import Shape
+from graft.model.attention import TreeRow, register
 from graft.model.compile import MOST_VERSIONS, keep_compiled
 from graft.model.device import send
 from graft.types import Row
@@ -36,40 +38,48 @@ Grid = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Which blocks of (queries, keys) are computed, each [n, n]."""
+    """Which blocks of (queries, keys) are computed, each [n, m]."""
 
     partial: Grid
-    """Some pairs are seen: the mask is asked for each. With a window, now and then a block of which none is."""
+    """Some pairs are seen: the mask is asked for each. With a window, or where queries of a split row stand apart, now
+    and then a block of which none is."""
     full: Grid
     """Every pair is seen."""
 
 
-def blocks_of(row: Row, window: int | None = None, block: int = BLOCK) -> Blocks:
-    """The grid of a row's mask, from `end` and `depth` alone.
+def blocks_of(
+    row: Row, window: int | None = None, block: int = BLOCK, queries: npt.NDArray[np.int64] | None = None
+) -> Blocks:
+    """The grid of a row's mask, from `end` and `depth` alone; `queries` are the nodes that ask, in order, if not all.
 
     A key before the block of a query is seen by the block's first node iff its subtree reaches there, so that
     max(end) over a key block and the first query decide "empty", min(end) and the last query "full". A window adds
     the least and the largest difference of depth that two blocks can have.
     """
-    size = len(row)
-    count = -(-size // block)
-    first = np.arange(count) * block
-    last = np.minimum(first + block, size) - 1
-    end_max, end_min = _extremes(row.end, first)
-    reached = end_max[None, :] > first[:, None]
-    covered = end_min[None, :] > last[:, None]
+    asking = np.arange(len(row)) if queries is None else queries
+    of_query, of_key = (np.arange(-(-size // block)) * block for size in (len(asking), len(row)))
+    first, last = asking[of_query], asking[_last(of_query, block, len(asking))]
+    last_key = _last(of_key, block, len(row))
+    end_max, end_min = _extremes(row.end, of_key)
+    reached = (of_key[None, :] <= last[:, None]) & (end_max[None, :] > first[:, None])
+    covered = (last_key[None, :] <= first[:, None]) & (end_min[None, :] > last[:, None])
     if window is not None:
-        depth_max, depth_min = _extremes(row.depth, first)
-        reached &= depth_min[:, None] - depth_max[None, :] < window
-        covered &= depth_max[:, None] - depth_min[None, :] < window
-    earlier = np.tri(count, k=-1, dtype=np.bool_)
-    whole = last[:, None] - first[:, None] + 1 == block  # the kernel takes a full block for one without an edge
-    full = earlier & reached & covered & whole
-    return Blocks(partial=(earlier & reached & ~full) | np.eye(count, dtype=np.bool_), full=full)
+        depth_max, depth_min = _extremes(row.depth, of_key)
+        own_max, own_min = _extremes(row.depth[asking], of_query)
+        reached &= own_min[:, None] - depth_max[None, :] < window
+        covered &= own_max[:, None] - depth_min[None, :] < window
+    whole = of_query + block <= len(asking)  # the kernel takes a full block for one without an edge
+    full = reached & covered & whole[:, None]
+    return Blocks(partial=reached & ~full, full=full)
+
+
+def _last(first: npt.NDArray[np.int64], block: int, size: int) -> npt.NDArray[np.int64]:
+    """Last place of each block."""
+    return np.minimum(first + block, size) - 1
 
 
 def _extremes(values: npt.NDArray[np.int32], first: npt.NDArray[np.int64]) -> tuple[Any, Any]:
-    """Largest and least value of each block, [n] each."""
+    """Largest and least value of each block."""
     return np.maximum.reduceat(values, first), np.minimum.reduceat(values, first)
 
 
@@ -77,33 +87,41 @@ def block_mask(tree: TreeRow, window: int | None) -> BlockMask:
     """The row's mask as FlexAttention takes it; made once for all layers with this window."""
     key = (FLEX, window)
     if key not in tree.prepared:
-        blocks = blocks_of(tree.row, window)
-        device, size = tree.ids.device, len(tree.row)
+        share = tree.share
+        blocks = blocks_of(tree.row, window, queries=None if share is None else share.nodes)
+        device = tree.ids.device
         tree.prepared[key] = BlockMask.from_kv_blocks(
             *_listed(blocks.partial, device),
             *_listed(blocks.full, device),
             BLOCK_SIZE=BLOCK,
-            mask_mod=_seen(send(tree.row.end, device), tree.depth[0], window),
-            seq_lengths=(size, size),
+            mask_mod=_seen(
+                send(tree.row.end, device), tree.all_depth, window, None if share is None else share.queries
+            ),
+            seq_lengths=(tree.ids.shape[1], len(tree.row)),
         )
     return tree.prepared[key]  # type: ignore[no-any-return]
 
 
 def _listed(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each block of queries, how many blocks of keys and, in front, which: [1, 1, n] and [1, 1, n, n] int32."""
+    """For each block of queries, how many blocks of keys and, in front, which: [1, 1, n] and [1, 1, n, m] int32."""
     count = grid.sum(axis=1, dtype=np.int32)
     order = np.argsort(~grid, axis=1, kind="stable").astype(np.int32)
     return send(count, device)[None, None], send(order, device)[None, None]
 
 
-def _seen(end: Tensor, depth: Tensor, window: int | None) -> Callable[..., Tensor]:
+def _seen(end: Tensor, depth: Tensor, window: int | None, nodes: Tensor | None) -> Callable[..., Tensor]:
+    """The mask of (query, key); `nodes` are the numbers of the queries' nodes where they are not all."""
+
     def on_path(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < end[key])
 
     def in_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < end[key]) & (depth[query] - depth[key] < window)  # type: ignore[operator]
 
-    return on_path if window is None else in_window
+    seen = on_path if window is None else in_window
+    if nodes is None:
+        return seen
+    return lambda batch, head, query, key: seen(batch, head, nodes[query], key)
 
 
 def _scored(shape: Shape, depth: Tensor) -> Callable[..., Tensor] | None:
@@ -136,7 +154,7 @@ def flex_refuses(query: Tensor, shape: Shape) -> str | None:
 
 
 def flex_tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow, shape: Shape) -> Tensor:
-    """[1, H, N, D] of queries [1, H, N, D], keys and values [1, K, N, D].
+    """[1, H, N, D] of queries [1, H, N, D], keys and values [1, K, N, D]; of a split row, of some queries.
 
     A sink is one more score s in the softmax's denominator: with l the logarithm of the sum over the keys, the result
     without it is multiplied by e^l / (e^l + e^s) = sigmoid(l - s).
@@ -148,7 +166,7 @@ def flex_tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeRow
         query,
         key,
         value,
-        score_mod=_scored(shape, tree.depth[0]),
+        score_mod=_scored(shape, tree.all_depth),
         block_mask=block_mask(tree, shape.window),
         scale=shape.scaling,
         enable_gqa=query.shape[1] != key.shape[1],

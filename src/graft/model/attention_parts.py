@@ -11,13 +11,16 @@ Shapes: H query heads, K key heads (H is a multiple of K), N nodes, n queries an
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from graft.tokens.split_row import Held
 from graft.tokens.tree import Segments
 
 attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -29,36 +32,53 @@ BLOCK = 72
 half of them; blocks see no key that is later than all of their queries. Fewer make the products too small."""
 
 
+class Block(NamedTuple):
+    """Neighbouring queries, and the keys of one run that the last of them sees."""
+
+    queries: slice
+    """Places among the queries that there are."""
+    keys: slice
+    """Nodes of the row."""
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Which queries attend to which keys; numbers are nodes."""
+    """Which queries attend to which keys."""
 
-    runs: tuple[tuple[int, int], ...]
-    """First node and end of each run, which attends causally to itself."""
-    below: tuple[tuple[int, int, int], ...]
-    """(first node of a run, its end, end of the nodes below it): those from its end on see all of its keys."""
+    runs: tuple[tuple[Block, ...], ...]
+    """For each run, or what there is of it, its blocks of queries in order; they attend causally to its keys."""
+    below: tuple[Block, ...]
+    """Queries of the nodes below a run, which see all of its keys."""
+    whole: bool
+    """Whether the queries are those of all nodes, so that every key is attended to."""
 
     @classmethod
-    def of(cls, cut: Segments) -> Parts:
-        """The parts of a row that is cut into runs."""
-        ends, end = [], 0
-        for size in cut.sizes:
-            ends.append(end := end + size)
+    def of(cls, cut: Segments, held: Sequence[Held] | None = None) -> Parts:
+        """The parts of a row that is cut into runs; of a split row the queries are those of the nodes that are held."""
+        ends = list(itertools.accumulate(cut.sizes))
         last = list(range(len(ends)))
         for index, ancestors in enumerate(cut.ancestors):
             for above in ancestors:
                 last[above] = index
-        runs = tuple(zip([0, *ends[:-1]], ends, strict=True))
-        below = tuple((*runs[index], ends[to]) for index, to in enumerate(last) if to > index)
-        return cls(runs, below)
+        pieces = held if held is not None else [Held(0, ends[-1], 0)]
+        runs, below = [], []
+        for start, stop, to in zip([0, *ends[:-1]], ends, (ends[index] for index in last), strict=True):
+            blocks = [block for piece in pieces for block in _blocks(start, piece.part(start, stop))]
+            if blocks:
+                runs.append(tuple(blocks))
+            for piece in pieces:
+                under = piece.part(stop, to)
+                if under is not None:
+                    below.append(Block(slice(under.at, under.at + under.end - under.first), slice(start, stop)))
+        return cls(tuple(runs), tuple(below), held is None)
 
     def mask(self, like: Tensor) -> Tensor:
         """[n, m] to be added to the scores of n queries at the end of m keys, for the largest n and m of all blocks.
 
         Any block's mask is its lower right corner.
         """
-        longest = max(end - start for start, end in self.runs)
-        most = max(block_size(end - start) for start, end in self.runs)
+        blocks = [block for run in self.runs for block in run]
+        most, longest = (max(map(_length, side)) for side in zip(*blocks, strict=True))
         later = torch.ones(most, longest, dtype=torch.bool, device=like.device).triu_(longest - most + 1)
         return torch.zeros(most, longest, dtype=like.dtype, device=like.device).masked_fill_(later, -torch.inf)
 
@@ -71,7 +91,7 @@ def block_size(run: int) -> int:
 def attention_in_parts(
     query: Tensor, key: Tensor, value: Tensor, parts: Parts, mask: Tensor, scaling: float | None
 ) -> Tensor:
-    """[1, H, N, D] of queries [1, H, N, D], keys and values [1, K, N, D] in one number format; `mask` of `parts`."""
+    """[1, H, n, D] of queries [1, H, n, D], keys and values [1, K, N, D] in one number format; `mask` of `parts`."""
     out: Tensor = _InParts.apply(query, key, value, parts, mask, scaling)  # type: ignore[no-untyped-call]
     return out
 
@@ -85,15 +105,15 @@ class _InParts(torch.autograd.Function):
     ) -> Tensor:
         out = _by_nodes(query)
         sums = torch.empty(1, query.shape[2], query.shape[1], dtype=torch.float32, device=query.device).transpose(1, 2)
-        for start, stop in parts.runs:
-            for first, end in _blocks(start, stop):
-                rule = _rule(mask, first - start, end - start, scaling)
-                found = attend(query[:, :, first:end], key[:, :, start:end], value[:, :, start:end], **rule)
-                out[:, :, first:end], sums[:, :, first:end] = found
-        for start, end, to in parts.below:
-            found, total = attend(query[:, :, end:to], key[:, :, start:end], value[:, :, start:end], scale=scaling)
-            before = sums[:, :, end:to]
-            out[:, :, end:to].lerp_(found, (total - before).sigmoid_().to(found.dtype)[..., None])
+        for blocks in parts.runs:
+            for queries, keys in blocks:
+                rule = _rule(mask, queries, keys, scaling)
+                found = attend(query[:, :, queries], key[:, :, keys], value[:, :, keys], **rule)
+                out[:, :, queries], sums[:, :, queries] = found
+        for queries, keys in parts.below:
+            found, total = attend(query[:, :, queries], key[:, :, keys], value[:, :, keys], scale=scaling)
+            before = sums[:, :, queries]
+            out[:, :, queries].lerp_(found, (total - before).sigmoid_().to(found.dtype)[..., None])
             before.copy_(torch.logaddexp(before, total))
         ctx.save_for_backward(query, key, value, out, sums, mask)
         ctx.parts, ctx.scaling = parts, scaling
@@ -104,24 +124,24 @@ class _InParts(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         query, key, value, out, sums, mask = ctx.saved_tensors
         d_query, d_key, d_value = (_by_nodes(tensor) for tensor in (query, key, value))
+        if not ctx.parts.whole:  # no query may see a key
+            d_key.zero_(), d_value.zero_()
 
         def pull(queries: slice, keys: slice, is_causal: bool = False, **rule: Any) -> Any:
             g, q, o, s = (tensor[:, :, queries] for tensor in (grad, query, out, sums))
             return attend_backward(g, q, key[:, :, keys], value[:, :, keys], o, s, 0.0, is_causal, **rule)
 
-        for start, stop in ctx.parts.runs:
-            # From the last on, which sees all keys of its run and writes where the others add.
-            for first, end in reversed(_blocks(start, stop)):
-                queries, keys = slice(first, end), slice(start, end)
-                dq, dk, dv = pull(queries, keys, **_rule(mask, first - start, end - start, ctx.scaling))
+        for blocks in ctx.parts.runs:
+            # From the last on, which sees all keys that the others see and writes where they add.
+            for queries, keys in reversed(blocks):
+                dq, dk, dv = pull(queries, keys, **_rule(mask, queries, keys, ctx.scaling))
                 d_query[:, :, queries] = dq
-                if end == stop:
+                if keys == blocks[-1].keys:
                     d_key[:, :, keys], d_value[:, :, keys] = dk, dv
                 else:
                     d_key[:, :, keys] += dk
                     d_value[:, :, keys] += dv
-        for start, end, to in ctx.parts.below:
-            queries, keys = slice(end, to), slice(start, end)
+        for queries, keys in ctx.parts.below:
             dq, dk, dv = pull(queries, keys, scale=ctx.scaling)
             d_query[:, :, queries] += dq
             d_key[:, :, keys] += dk
@@ -129,17 +149,27 @@ class _InParts(torch.autograd.Function):
         return d_query, d_key, d_value, None, None, None
 
 
-def _blocks(start: int, stop: int) -> list[tuple[int, int]]:
-    """First query and end of each block of a run."""
-    size = block_size(stop - start)
-    return [(first, min(stop, first + size)) for first in range(start, stop, size)]
+def _blocks(start: int, piece: Held | None) -> list[Block]:
+    """The blocks of a piece of the run that begins at a node."""
+    if piece is None:
+        return []
+    size = block_size(piece.end - piece.first)
+    ends = [(first, min(piece.end, first + size)) for first in range(piece.first, piece.end, size)]
+    moved = piece.at - piece.first
+    return [Block(slice(first + moved, end + moved), slice(start, end)) for first, end in ends]
 
 
-def _rule(mask: Tensor, first: int, end: int, scaling: float | None) -> dict[str, Any]:
-    """How the kernel leaves out what is later, for queries `first` to `end` of a run and its keys up to `end`."""
-    if first == 0:
-        return {"is_causal": end > 1, "scale": scaling}
-    return {"attn_mask": mask[None, None, first - end :, -end:], "scale": scaling}
+def _length(side: slice) -> int:
+    size: int = side.stop - side.start
+    return size
+
+
+def _rule(mask: Tensor, queries: slice, keys: slice, scaling: float | None) -> dict[str, Any]:
+    """How the kernel leaves out what is later, for queries at the end of some keys."""
+    asked, seen = _length(queries), _length(keys)
+    if asked == seen:
+        return {"is_causal": asked > 1, "scale": scaling}
+    return {"attn_mask": mask[None, None, -asked:, -seen:], "scale": scaling}
 
 
 def _by_nodes(like: Tensor) -> Tensor:

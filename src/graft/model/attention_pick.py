@@ -16,7 +16,8 @@ from torch import Tensor
 
 from graft.console import warn_once
 from graft.errors import ConfigError
-from graft.model.attention import BACKENDS, DENSE, SEGMENTS, Compute, Shape, TreeRow, register
+from graft.model.attend import Shape
+from graft.model.attention import BACKENDS, DENSE, SEGMENTS, Compute, TreeRow, register, segment_attention
 
 Setting = Literal["auto", "segments", "flex", "varlen", "dense"]
 
@@ -107,6 +108,6 @@ def first_that_can(order: tuple[str, ...]) -> Compute:
                     return flex_tree_attention(query, key, value, tree, shape)
             refused.append(f"{kernel}: {reason}")
         warn_once(f"attention by segments, which is slower ({'; '.join(refused)})")
-        return BACKENDS[SEGMENTS](query, key, value, tree, shape)
+        return segment_attention(query, key, value, tree, shape)
 
     return compute

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from graft.model.attention import Shape, TreeRow, register
+from graft.model.attend import Shape
+from graft.model.attention import TreeRow, register
 from graft.model.attention_flex import in_one_format
 from graft.model.device import send
 from graft.tokens.tree import path_starts
@@ -47,11 +48,20 @@ def varlen_refuses(query: Tensor, tree: TreeRow, shape: Shape) -> str | None:
         return f"that of torch {torch.__version__} cannot be told of a window"
     if dtype not in {torch.float16, torch.bfloat16}:
         return f"it computes in 16 bits, not in {dtype}"
-    if query.shape[-1] % 8 or query.shape[-1] > MOST_HEAD_SIZE:
-        return f"heads of {query.shape[-1]} features are not a multiple of 8 up to {MOST_HEAD_SIZE}"
+    return _width_refused(query.shape[-1]) or _form_refused(tree, shape)
+
+
+def _width_refused(width: int) -> str | None:
+    wrong = width % 8 or width > MOST_HEAD_SIZE
+    return f"heads of {width} features are not a multiple of 8 up to {MOST_HEAD_SIZE}" if wrong else None
+
+
+def _form_refused(tree: TreeRow, shape: Shape) -> str | None:
     if shape.dropout or not shape.plain or shape.slopes is not None or shape.chunk is not None:
         return "it has no dropout, soft cap, sinks, ALiBi or chunks"
-    return None if sequences(tree) is not None else "a tree of the row branches"
+    if tree.share is not None or sequences(tree) is None:
+        return "a tree of the row branches" if tree.share is None else "the row is split over processes"
+    return None
 
 
 @cache

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomForCausalLM, dropout_add
 
-from graft.model.attention import BACKENDS, Shape, TreeRow
+from graft.model.attend import Shape
+from graft.model.attention import BACKENDS, TreeRow
 from graft.model.count import ATTENTION, part
 from graft.model.kept import NextRow, PromptRow
 from graft.model.row_mask import RowMask

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from graft.model.attention import BACKENDS, SEGMENTS, RowMissing, Shape, TreeRow
+from graft.model.attend import Shape
+from graft.model.attention import BACKENDS, SEGMENTS, RowMissing, TreeRow
 
 KEPT = "graft_kept"
 """The name under which a model's attention is set to read a PromptRow or a NextRow."""

@@ -30,17 +30,19 @@ class Activation:
     """An activation and its derivative's product with a gradient."""
 
     of: Callable[[Tensor], Tensor]
-    back: Callable[[Tensor, Tensor], Tensor]
-    """(gradient of the output, input) -> gradient of the input."""
+    back: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """Writes (gradient of the output, input) -> gradient of the input, into the third."""
 
+
+_silu_back, _gelu_back = torch.ops.aten.silu_backward.grad_input, torch.ops.aten.gelu_backward.grad_input
 
 ACTIVATIONS = (
-    Activation(F.silu, torch.ops.aten.silu_backward),
+    Activation(F.silu, lambda grad, x, into: _silu_back(grad, x, grad_input=into)),
     Activation(
         lambda x: F.gelu(x, approximate="tanh"),
-        lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
+        lambda grad, x, into: _gelu_back(grad, x, approximate="tanh", grad_input=into),
     ),
-    Activation(F.gelu, torch.ops.aten.gelu_backward),
+    Activation(F.gelu, lambda grad, x, into: _gelu_back(grad, x, grad_input=into)),
 )
 
 
@@ -144,7 +146,7 @@ class _GatedMlp(torch.autograd.Function):
         for part in pieces(g):
             acted = activation.of(g[part])
             small[2].add(dy[part], acted * u[part])
-            dg[part] = activation.back(du[part] * u[part], g[part])
+            activation.back(du[part] * u[part], g[part], dg[part])
             du[part].mul_(acted)
             small[0].add(dg[part], flat[part])
             small[1].add(du[part], flat[part])

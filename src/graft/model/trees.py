@@ -6,6 +6,7 @@ Shapes: N nodes, M predictors (parents of targets), d hidden size, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,17 +18,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.bloom.modeling_bloom import BloomForCausalLM
 
-from graft.errors import InputError, said
+from graft.errors import ConfigError, InputError, said
 from graft.model import bloom
 from graft.model.adapters import plain
 from graft.model.attention import SEGMENTS, RowMissing, TreeRow
+from graft.model.context import Context, counts_tokens, tell_longest
 from graft.model.last_layer import LastLayer
 from graft.model.lora import fuse_lora, fuse_trained_linears
 from graft.model.mlp import fuse_mlps
 from graft.model.norm import fuse_norms
 from graft.model.rotary import fuse_rotary
 from graft.model.row_mask import RowMask, carried_by_masks, watch_masks
-from graft.tokens.tree import SHORTEST_RUN, build_rows, padded
+from graft.tokens.tree import SHORTEST_RUN, build_rows, padded, targets
 from graft.types import Example, Row
 
 FOREIGN_ERRORS = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError)
@@ -72,6 +74,7 @@ class TreeLM:
         fuse: bool = True,
         probe: bool = True,
         enter: Callable[[Callable[[], Any]], Any] = at_once,
+        context: Context | None = None,
     ) -> None:
         """Prepare and probe a model; it keeps `backend` as its attention implementation where trees are exact.
 
@@ -81,9 +84,15 @@ class TreeLM:
         `backend_failed` says why `backend` was given up for segments; None means that it is in use.
         Without `probe` what the config says is believed: for a model without numbers, which is only counted.
         `enter` surrounds what computes with the weights, where those must be gathered first (model/shard.py).
+        With `context` each row is computed by several processes (model/context.py), also where `trees` is false.
+
+        Raises:
+            InputError: this is no model that can be trained.
+            ConfigError: there is a context, and the model does not compute split rows exactly.
         """
         self.model = model
         self.enter = enter
+        self.context = context
         if fuse:
             fuse_modules(model)
         self.base = plain(model)
@@ -94,7 +103,9 @@ class TreeLM:
         self.backend_failed: str | None = None
         self.on_trees = False
         self.row_in_masks = False
-        self.why_not: str | None = "trees are switched off" if not trees else None
+        self.merges = trees
+        """Whether examples share the nodes of what they have in common; False also where rows are not trees."""
+        self.why_not: str | None = "trees are switched off" if not trees and context is None else None
         self.logit_shape: LogitShape | None = None
         training = model.training
         model.eval()
@@ -103,6 +114,7 @@ class TreeLM:
                 enter(lambda: self._probe(backend))
             else:
                 self._assume(backend)
+        self.merges &= self.on_trees
         model.train(training)
 
     @property
@@ -143,16 +155,28 @@ class TreeLM:
             row
             for group in groups
             if group
-            for row in build_rows(group, row_tokens, share=self.on_trees, shortest_run=SHORTEST_RUN)
+            for row in build_rows(group, row_tokens, share=self.merges, shortest_run=SHORTEST_RUN)
         ]
 
-    def place(self, row: Row) -> TreeRow:
-        """The row on the model's device, as it is computed there."""
+    @property
+    def row_ranks(self) -> int:
+        """Neighbouring processes that compute every row together."""
+        return 1 if self.context is None else self.context.size
+
+    def place(self, row: Row, split: bool = True) -> TreeRow:
+        """The row on the model's device, as it is computed there: this process's share of it where rows are split.
+
+        Without `split` all of it; every process then computes the same.
+        """
+        context = self.context if split else None
         if self.on_trees:
-            row = padded(row, -(-len(row) // self.row_step) * self.row_step)
-        return TreeRow.of(row, self.device)
+            step = self.row_step if context is None else math.lcm(self.row_step, context.least)
+            row = padded(row, -(-len(row) // step) * step)
+        return TreeRow.of(row, self.device, None if context is None else context.share(row, self.device))
 
     def _run(self, module: nn.Module, tree: TreeRow) -> Any:
+        if self.context is not None:
+            self.context.longest = None if tree.share is None else tree.share.longest
         if not self.on_trees:
             return module(input_ids=tree.ids, use_cache=False)
         if isinstance(self.base, BloomForCausalLM):
@@ -174,6 +198,8 @@ class TreeLM:
         singles = [TreeRow.of(row, self.device) for row in build_rows(examples, 64, share=False)]
         reference = [self._logits_by_itself(single) for single in singles]
         self._refuse_if_not_causal(examples[0], reference[0])
+        if self.context is not None:
+            tell_longest(self.base, self.context)
         self.logit_shape = self._find_logit_shape(singles, reference)
         if self.why_not is not None:
             return
@@ -183,12 +209,17 @@ class TreeLM:
             self._install(name)
             # By argument; with a last layer that is read elsewhere than at the predictors; by the masks.
             for self.row_in_masks, self.last_layer.active in ((False, True), (False, False), (True, False)):
-                self.why_not = self._compare(self.place(row), row, examples, reference)
+                self.why_not = self._compare(row, examples, reference)
                 if self.why_not is None:
                     return
             if name == backend:
                 self.backend_failed = self.why_not
         self.on_trees = self.row_in_masks = False
+        if self.context is not None:
+            raise ConfigError(
+                f"context_ranks: {self._name} cannot compute a row in {self.context.size} processes: {self.why_not}; "
+                "leave context_ranks out"
+            )
         if not isinstance(self.base, BloomForCausalLM):
             self.base.set_attn_implementation(own)
 
@@ -274,8 +305,9 @@ class TreeLM:
         quantised = self.base.config.to_dict().get("quantization_config")
         return _tolerance(torch.bfloat16 if quantised else dtype)
 
-    def _compare(self, tree: TreeRow, row: Row, examples: Sequence[Example], reference: Sequence[Tensor]) -> str | None:
+    def _compare(self, row: Row, examples: Sequence[Example], reference: Sequence[Tensor]) -> str | None:
         """Why the logits on the tree are not those of the examples one by one; None if they are."""
+        tree = self.place(row, split=False)
         try:
             with watch_masks() as sizes_of_masks:
                 found = self.logits(tree)
@@ -296,6 +328,25 @@ class TreeLM:
             return (
                 self._why_different() or f"its logits on a tree differ from those one by one by {worst:.1e} (relative)"
             )
+        return None if self.context is None else self._compare_split(row, found, self.context)
+
+    def _compare_split(self, row: Row, whole: Tensor, context: Context) -> str | None:
+        """Why the logits of the split tree are not those of the whole one; None if they are. The same everywhere."""
+        counts = counts_tokens(self.base.config.to_dict())
+        if counts is not None:
+            return f"{counts} goes by a token's index, which a process that has some tokens does not know"
+        tree = self.place(row)
+        assert tree.share is not None
+        mine = tree.share.place[row.parent[targets(row)]] >= 0
+        try:
+            found = self.logits(tree)
+            worst = _difference(found, whole[torch.from_numpy(mine).to(whole.device)])
+        except FOREIGN_ERRORS as error:
+            worst, failed = math.inf, said(error)
+        else:
+            failed = f"its logits then differ by {worst:.1e} (relative)"
+        if context.any(not worst <= self._tolerance(whole.dtype)):
+            return failed
         return None
 
     def _why_different(self) -> str | None:

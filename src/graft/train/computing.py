@@ -13,9 +13,11 @@ from graft.config.train import Train
 from graft.console import note, warn
 from graft.model.attention_pick import Attention, pick_attention, row_step
 from graft.model.compile import compile_layers, wants_compile
+from graft.model.context import Context
 from graft.model.liger import use_liger, wants_liger
 from graft.model.shard import Enter
 from graft.model.trees import TreeLM, at_once
+from graft.train.share import prices_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +46,14 @@ def tree_model(
     computing: Computing,
     fuse: bool = True,
     enter: Enter[Any] = at_once,
+    context: Context | None = None,
 ) -> TreeLM:
     """The model, on its device already, ready to be trained on trees; says in one line what computes it."""
-    step = row_step(settings.row_budget) if computing.attention.padded or computing.compiled else 1
-    lm = TreeLM(model, computing.attention.backend, settings.trees, step, fuse=fuse, enter=enter)
+    parts = settings.context_ranks  # each of which is padded to a multiple of the kernel's block
+    step = row_step(-(-settings.row_budget // parts)) * parts if computing.attention.padded or computing.compiled else 1
+    lm = TreeLM(model, computing.attention.backend, settings.trees, step, fuse=fuse, enter=enter, context=context)
+    if context is not None:
+        context.prices = prices_of(lm)
     kernels = use_liger(model) if computing.liger else {}
     layers = compile_layers(lm.base) if computing.compiled and lm.on_trees else 0
     said = [f"attention: {computing.attention.why}"] if lm.on_trees else []

@@ -48,12 +48,15 @@ from graft.train.rehearse import rehearse_save
 from graft.train.rows import look_at_rows
 from graft.train.schedule import learning_rate
 from graft.train.sentinels import Sentinels, Step
-from graft.train.share import MyRows, beside_others, rows_of_rank
+from graft.train.share import MyRows, beginning, beside_others, rows_of_rank
 from graft.train.signals import Stop
 from graft.train.together import Here
 from graft.train.tuning import embeddings_of, make_stepper
 from graft.train.validate import Stopped, validate
 from graft.train.watchdog import FIRST
+
+REHEARSED = 1024
+"""Tokens of the first example that a rehearsal of saving computes at most: with all logits, and in one process."""
 
 
 class Fit:
@@ -114,7 +117,7 @@ class Fit:
         if self.state.step > 0:
             return
         (first, *_) = self.prepared.train.examples(self.prepared.plan.step(0))
-        (row,) = self.lm.rows([first], self.settings.row_budget)
+        (row,) = self.lm.rows([beginning(first, REHEARSED)], self.settings.row_budget)
         self.watchdog.beat("a rehearsal of saving", patience=WRITING)
         rehearse_save(self.keeper.writer, self.lm, self.parameters, self.settings, self.precision, row, self.ranks)
 
@@ -277,7 +280,10 @@ class Fit:
         update = Update(sums, weight, lr, mine.nodes, made.tokens, time.perf_counter() - started)
         self.log.add(update, self.stepper)
         if self.settings.trace and self.ranks.first:
-            others = [rows_of_rank(self.lm, examples, budget, self.ranks, rank) for rank in range(1, self.ranks.size)]
+            others = [
+                rows_of_rank(self.lm, examples, budget, self.ranks, rank) if rank % self.lm.row_ranks == 0 else []
+                for rank in range(1, self.ranks.size)
+            ]
             self.log.write_trace(step, examples, [mine.rows, *others])
         return update
 
@@ -366,7 +372,8 @@ class Fit:
     def _say_what_is_trained(self) -> None:
         trained = sum(p.numel() for p in self.parameters.values())
         total = sum(p.numel() for p in self.lm.model.parameters())
-        how = "on token trees" if self.lm.on_trees else f"one example per row, since {self.lm.why_not}"
+        why_not = self.lm.why_not or "trees are switched off"
+        how = "on token trees" if self.lm.merges else f"one example per row, since {why_not}"
         note(
             f"{self.settings.method}: {trained:,} of {total:,} parameters, "
             f"{self.precision.compute} on {self.lm.device}, {how}; {self.total_steps} steps"

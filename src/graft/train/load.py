@@ -19,6 +19,7 @@ from graft.console import note, warn
 from graft.errors import ConfigError, InputError
 from graft.model.adapter_start import adapter_tensors
 from graft.model.adapters import add_adapter, freeze_but
+from graft.model.context import Context
 from graft.model.device import Precision
 from graft.model.load import load_adapter, load_base, to_device
 from graft.model.lora_quantized import fuse_quantized_lora
@@ -80,13 +81,17 @@ def load_for_training(
         remember(model, "full", every)  # before the layers are compiled, which reads it
     fuse = not computing.compiled
     enter: Enter[Any] = at_once
+    context = None
+    if settings.context_ranks > 1:
+        plainly = settings.checkpointing == "none" and not offload  # nobody else decides what is kept
+        context = Context.connect(ranks, settings.context_ranks, asks_again=plainly)
     if ranks.size > 1:
         if fuse:
             fuse_modules(model)  # while their weights are whole: some are compared with what they replace
         if settings.checkpointing in ("selective", "auto"):
             note_recipes(model)
         enter = _spread(model, settings, precision, device, ranks)
-    lm = tree_model(model, settings, computing, fuse and ranks.size == 1, enter)
+    lm = tree_model(model, settings, computing, fuse and ranks.size == 1, enter, context)
     if settings.checkpointing == "auto":
         remember_what_fits(lm, precision, settings.row_budget, every, offload, ranks)
     elif settings.checkpointing == "selective" or offload:
@@ -102,7 +107,8 @@ def _spread(
     mesh = mesh_of(ranks, device, holders)
     in_16_bits = settings.trains_own_weights and precision.compute != torch.float32
     copies = "" if holders == ranks.size else f", {ranks.size // holders} copies"
-    note(f"{ranks.size} processes, weights spread over {holders}{copies}")
+    rows = "" if settings.context_ranks == 1 else f", every row over {settings.context_ranks}"
+    note(f"{ranks.size} processes, weights spread over {holders}{copies}{rows}")
     return shard(model, mesh, precision.compute if in_16_bits else None, settings.offload_weights)
 
 

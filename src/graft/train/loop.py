@@ -6,6 +6,7 @@ run folder -> prepare data -> meet the other processes -> load model -> rehearse
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 
 from graft.config.train import Train
 from graft.console import note
@@ -16,7 +17,7 @@ from graft.train.fit import Fit
 from graft.train.foresee import explained_out_of_memory, foresee, is_small
 from graft.train.formats import refuse_base
 from graft.train.in_backward import refuse_steps_of_several_rows
-from graft.train.preflight import fingerprint
+from graft.train.preflight import recipe_of
 from graft.train.signals import stop_requests
 from graft.train.space import explained_disk_errors
 from graft.train.together import joined, open_together, prepare_together, refuse_with_ranks, resume_together
@@ -38,13 +39,13 @@ def _train(settings: Train, ranks: Ranks) -> RunFolder:
     check_tuning(settings)
     refuse_base(settings)
     refuse_with_ranks(settings, ranks)
-    recipe = fingerprint(settings)
+    recipe = recipe_of(settings)
     with contextlib.ExitStack() as held:
         settings, run = open_together(settings, ranks, held)
         return _train_in(run, settings, ranks, recipe)
 
 
-def _train_in(run: RunFolder, settings: Train, ranks: Ranks, recipe: str) -> RunFolder:
+def _train_in(run: RunFolder, settings: Train, ranks: Ranks, recipe: Mapping[str, str]) -> RunFolder:
     with stop_requests() as stop, explained_disk_errors(run):
         try:
             prepared = prepare_together(settings, run, ranks)

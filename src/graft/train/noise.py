@@ -15,21 +15,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from graft.model.attention import TreeRow
 from graft.types import Row
 
 
 @contextmanager
-def noisy_embedding(embedding: nn.Module, row: Row, alpha: float | None) -> Iterator[None]:
-    """Within, the embedding of this row is noisy; its numbers come from torch's own generator."""
+def noisy_embedding(embedding: nn.Module, tree: TreeRow, alpha: float | None, seed: int = 0) -> Iterator[None]:
+    """Within, the embedding of this row is noisy; its numbers come from torch's own generator.
+
+    The processes that compute a split row together draw those of the whole row, from the seed, and each takes its own.
+    """
     if alpha is None:
         yield
         return
-    lengths = torch.from_numpy(longest_path(row).astype(np.float32))
+    share = tree.share
+    longest = longest_path(tree.row)
+    lengths = torch.from_numpy((longest if share is None else longest[share.nodes]).astype(np.float32))
 
     def add_noise(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         width = output.shape[-1]
         most = (alpha / (lengths * width).sqrt()).to(output)[:, None]  # [N, 1], for output [1, N, d]
-        return output + torch.empty_like(output).uniform_(-1, 1) * most
+        if share is None:
+            return output + torch.empty_like(output).uniform_(-1, 1) * most
+        generator = torch.Generator(output.device).manual_seed(seed)
+        drawn = output.new_empty(1, share.size, width).uniform_(-1, 1, generator=generator)
+        return output + drawn[:, share.queries] * most
 
     hook = embedding.register_forward_hook(add_noise)
     try:

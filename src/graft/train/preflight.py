@@ -5,13 +5,12 @@ What differs would not fail: it would train something that nobody asked for, or 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
 import shutil
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,14 +32,25 @@ SHARED_MEMORY_GIB = 1.0
 """NCCL's processes of one host talk through /dev/shm; containers often have 64 MiB of it."""
 
 
-def fingerprint(settings: Train) -> str:
-    """Changes with any setting that was given; where the run lies and whether it is resumed do not count."""
-    given = settings.model_dump_json(exclude={"out", "resume"})
-    return hashlib.sha256(given.encode()).hexdigest()[:16]
+def recipe_of(settings: Train) -> dict[str, str]:
+    """Every setting by its dotted name; where the run lies and whether it is resumed do not count."""
+    return dict(_flat(settings.model_dump(mode="json", exclude={"out", "resume"})))
 
 
-def look_at_each_other(ranks: Ranks, device: torch.device, recipe: str, made_of: Mapping[str, str]) -> None:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, str(value)
+
+
+def look_at_each_other(
+    ranks: Ranks, device: torch.device, recipe: Mapping[str, str], made_of: Mapping[str, str]
+) -> None:
     """Compare the processes, sum one number through every connection, and show who takes part.
+
+    `recipe` is what this process was told to do (`recipe_of`).
 
     Raises:
         ConfigError: two processes differ in what must be equal, or the sum is wrong or does not come in time.
@@ -52,23 +62,31 @@ def look_at_each_other(ranks: Ranks, device: torch.device, recipe: str, made_of:
         "device": device_label(device),
         "free": round(free_bytes(device) / 2**30, 1),
         "shared memory": _shared_memory_gib(),
-        "equal": _must_be_equal(recipe, made_of),
+        "told": _other_settings(ranks, recipe),
+        "equal": _must_be_equal(made_of),
     }
     said = [json.loads(text) for text in ranks.from_all("preflight", json.dumps(mine), WITHIN)]
-    _refuse_differences(said)
+    _refuse_differences(said, "told")
+    _refuse_differences(said, "equal")
     _sum_in_time(ranks, device)
     _show(said)
 
 
-def _must_be_equal(recipe: str, made_of: Mapping[str, str]) -> dict[str, str]:
+def _must_be_equal(made_of: Mapping[str, str]) -> dict[str, str]:
     versions = {name: str(package_version(name)) for name in PACKAGES}
-    return {"graft": __version__, "python": platform.python_version(), **versions, "recipe": recipe, **made_of}
+    return {"graft": __version__, "python": platform.python_version(), **versions, **made_of}
 
 
-def _refuse_differences(said: Sequence[Mapping[str, Any]]) -> None:
+def _other_settings(ranks: Ranks, recipe: Mapping[str, str]) -> dict[str, str]:
+    """What this process was told otherwise than the first one; that one shows all, to be compared with."""
+    first: dict[str, str] = json.loads(ranks.from_first("recipe", lambda: json.dumps(dict(recipe))))
+    return {name: value for name, value in recipe.items() if ranks.first or first.get(name) != value}
+
+
+def _refuse_differences(said: Sequence[Mapping[str, Any]], kind: str) -> None:
     for rank, its in enumerate(said):
-        for key, wanted in said[0]["equal"].items():
-            found = its["equal"].get(key)
+        for key, found in its[kind].items():
+            wanted = said[0][kind].get(key)
             if found != wanted and not _is_place(key, wanted, found):
                 raise ConfigError(
                     f"the processes differ in {key}: rank 0 on {said[0]['host']} has {wanted}, rank {rank} on "
@@ -76,9 +94,9 @@ def _refuse_differences(said: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
-def _is_place(key: str, wanted: str, found: str | None) -> bool:
+def _is_place(key: str, wanted: str | None, found: str) -> bool:
     """Where the model lies may differ from host to host; its weights have a hash of their own."""
-    return key in ("model", "init_from") and found is not None and Path(wanted).name == Path(found).name
+    return key in ("model", "init_from") and wanted is not None and Path(wanted).name == Path(found).name
 
 
 def _sum_in_time(ranks: Ranks, device: torch.device) -> None:

@@ -142,5 +142,5 @@ def _reload(folder: Path, lm: TreeLM, settings: Train, precision: Precision) -> 
 def _logits(lm: TreeLM, row: Row, precision: Precision) -> Tensor:
     """[M, V]"""
     with precision.autocast(lm.device):
-        logits: Tensor = lm.enter(lambda: lm.logits(lm.place(row)))
+        logits: Tensor = lm.enter(lambda: lm.logits(lm.place(row, split=False)))
         return logits.float()

@@ -26,7 +26,8 @@ class MyRows:
     nodes: int
     """Nodes of all processes together, without the idle ones."""
     number: int = 0
-    """Of the first row among those of the step; the next one's is `stride` more."""
+    """Of the first row among those of the step; the next one's is `stride` more. Processes that compute rows together
+    have the same numbers."""
     stride: int = 1
 
     def number_of(self, index: int) -> int:
@@ -43,21 +44,32 @@ def beside_others(lm: TreeLM, rows: list[Row], examples: Sequence[Example], row_
     """This process's rows of some examples, with what the number of the others' asks of it. All must ask together."""
     if ranks.size == 1:
         return MyRows(rows, [], sum(map(len, rows)))
-    counts = ranks.counts(len(rows), sum(map(len, rows)))
+    counts = ranks.counts(len(rows), sum(map(len, rows)))[:: lm.row_ranks]  # one of those that have the same rows
     missing = max(count for count, _ in counts) - len(rows)
     idle = lm.rows([shortest(examples[0])], row_tokens) * missing
-    return MyRows(rows, idle, sum(nodes for _, nodes in counts), ranks.rank, ranks.size)
+    nodes = sum(nodes for _, nodes in counts)
+    return MyRows(rows, idle, nodes, ranks.rank // lm.row_ranks, ranks.size // lm.row_ranks)
 
 
 def rows_of_rank(lm: TreeLM, examples: Sequence[Example], row_tokens: int, ranks: Ranks, rank: int) -> list[Row]:
-    """The rows of some examples that a process computes, as every process can tell."""
-    dealt = deal(examples, ranks.size, prices_of(lm), lm.on_trees) if ranks.size > 1 else [examples]
-    return lm.rows(dealt[rank], row_tokens)
+    """The rows of some examples that a process computes, alone or with others, as every process can tell."""
+    groups = ranks.size // lm.row_ranks
+    dealt = deal(examples, groups, prices_of(lm), lm.merges) if groups > 1 else [examples]
+    return lm.rows(dealt[rank // lm.row_ranks], row_tokens)
 
 
 def shortest(example: Example) -> Example:
     """An example's first two tokens, the second of them a target: the least that runs through a whole model."""
     return replace(example, ids=example.ids[:2], weights=np.array([0, 1], np.float32)[: len(example.ids)])
+
+
+def beginning(example: Example, tokens: int) -> Example:
+    """So many tokens of an example at most; of a longer one's beginning every token is a target."""
+    if len(example.ids) <= tokens:
+        return example
+    weights = np.ones(tokens, np.float32)
+    weights[0] = 0
+    return replace(example, ids=example.ids[:tokens], weights=weights)
 
 
 _known: WeakKeyDictionary[TreeLM, Prices] = WeakKeyDictionary()

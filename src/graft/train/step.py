@@ -77,6 +77,10 @@ class StepSums(NamedTuple):
         return cls(loss, nll, found, tuple(answered), balance)
 
 
+def _seed(*numbers: int) -> int:
+    return hash(numbers) & 0x7FFF_FFFF_FFFF_FFFF
+
+
 class Stepper:
     """Turns rows into updates, and counts the updates that were skipped because they were not finite."""
 
@@ -172,11 +176,14 @@ class Stepper:
 
     def _row_loss(self, row: Row, number: tuple[int, int]) -> tuple[Summed, Routed | None]:
         """A row's sums and what its routers did, where that is asked for."""
-        torch.manual_seed(hash((self.seed, *number)) & 0x7FFF_FFFF_FFFF_FFFF)
+        seed = _seed(self.seed, *number)
+        context = self.lm.context
+        # Nodes of a split row that two processes compute must not be dropped alike.
+        torch.manual_seed(seed if context is None else _seed(self.seed, *number, context.index))
         tree = self.lm.place(row)
         with (
             self.precision.autocast(self.lm.device),
-            noisy_embedding(self.lm.embedding, tree.row, self.neftune_alpha),
+            noisy_embedding(self.lm.embedding, tree, self.neftune_alpha, seed),
             self._reading(tree) as found,
         ):
             summed = row_loss(self.lm, tree, self.objective)

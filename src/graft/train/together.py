@@ -19,6 +19,7 @@ import torch
 from graft.config.train import Train
 from graft.console import hush
 from graft.errors import ConfigError, InputError
+from graft.model.context import refuse_split_rows
 from graft.model.device import pick_device
 from graft.model.ranks import Ranks
 from graft.runs import RunFolder
@@ -52,6 +53,7 @@ def refuse_with_ranks(settings: Train, ranks: Ranks) -> None:
     Raises:
         ConfigError: names the setting and the nearest one that can.
     """
+    refuse_split_rows(settings.context_ranks, ranks)
     if ranks.size > 1:
         wrong = next((text for text in _not_by_several(settings) if text), None)
         if wrong:
@@ -147,10 +149,12 @@ def _reopened(text: str, settings: Train) -> Prepared:
 
 
 @contextmanager
-def joined(settings: Train, run: RunFolder, made_of: Mapping[str, str], ranks: Ranks, recipe: str) -> Iterator[Here]:
+def joined(
+    settings: Train, run: RunFolder, made_of: Mapping[str, str], ranks: Ranks, recipe: Mapping[str, str]
+) -> Iterator[Here]:
     """This process's device, with the connections to the others open, looked at, and watched.
 
-    `recipe` is the fingerprint of what this process was told to do.
+    `recipe` is what this process was told to do, by setting.
     """
     device = pick_device(settings.device)
     if ranks.size > 1 and device.type != "cpu":
