@@ -100,10 +100,15 @@ def load_for_training(
     return Ready(lm, final_dtype, began)
 
 
+def holders_for(settings: Train, ranks: Ranks) -> int:
+    """How many processes hold one copy of the weights between them."""
+    return {"all": ranks.size, "host": ranks.on_host}.get(str(settings.shard_ranks)) or int(settings.shard_ranks)
+
+
 def _spread(
     model: PreTrainedModel | PeftModel, settings: Train, precision: Precision, device: torch.device, ranks: Ranks
 ) -> Enter[Any]:
-    holders = {"all": ranks.size, "host": ranks.on_host}.get(str(settings.shard_ranks)) or int(settings.shard_ranks)
+    holders = holders_for(settings, ranks)
     mesh = mesh_of(ranks, device, holders)
     in_16_bits = settings.trains_own_weights and precision.compute != torch.float32
     copies = "" if holders == ranks.size else f", {ranks.size // holders} copies"
