@@ -3,6 +3,7 @@
 tests/test_ranks.py has those that do not.
 """
 
+import math
 import shutil
 from collections import Counter
 from functools import partial
@@ -29,7 +30,7 @@ from graft.model.remember import Mode, note_recipes, remember
 from graft.model.shard import mesh_of, shard
 from graft.model.trees import TreeLM, fuse_modules
 from graft.runs import RunFolder, read_jsonl
-from graft.train import checkpointing, computing, forecast, foresee_together, load, loop, step
+from graft.train import checkpointing, computing, forecast, foresee_together, in_backward, load, loop, step
 from graft.train.checkpointing import activation_bytes_per_token
 from graft.train.loop import train
 from graft.train.step import Stepper
@@ -283,3 +284,33 @@ def test_what_other_processes_hold_is_not_counted_here():
             (2, False, 700),
         ):
             assert foresee_together.bytes_elsewhere(parts, hollow, holders, frozen) == wanted
+
+
+IN_BACKWARD = ("method=full", "clip=null", "optimizer_in_backward=true", "row_tokens=4096")
+
+
+@pytest.mark.parametrize("also", [("optimizer=lion", "batch_size=1", "max_steps=12"), ("shard_ranks=2",)])
+def test_updates_in_the_backward_pass(base, tmp_path, also):
+    """With a conversation or two to a step, some processes have no row at all."""
+    tuned = (*IN_BACKWARD, "lr=1e-3", *also)
+    alone = train(settings_for(base, tmp_path, "alone", *[text for text in tuned if "shard" not in text]))
+    assert_same_course(alone, run_on(4, settings_for(base, tmp_path, "four", *tuned)))
+
+
+def train_with_a_bad_part(rank: int, settings: Train) -> str:
+    """The gradient of one weight is not a number in the last process alone."""
+    local, calls = in_backward.local, []
+
+    def spoilt(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(gradient)
+        return local(gradient) * (math.nan if rank == 1 and len(calls) == 5 else 1.0)
+
+    in_backward.local = spoilt
+    train(settings)
+    return ""
+
+
+def test_a_bad_gradient_in_one_process_ends_all(base, tmp_path):
+    found = together(2, train_with_a_bad_part, settings_for(base, tmp_path, "two", *IN_BACKWARD), seconds=100)
+    assert sum("is not finite, and optimizer_in_backward" in text for text in found) == 1, found
+    assert sum(text.startswith("Elsewhere") for text in found) == 1, found

@@ -7,6 +7,7 @@ the loss is divided by the weight of the whole step already. Knows modules and p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MethodType
@@ -176,6 +177,14 @@ def holders_of(tensor: DTensor) -> Holders | None:
     for dim in copied:
         found = replace(found, copy=mesh.get_local_rank(dim), copies=mesh.size(dim), between=mesh.get_group(dim))
     return found
+
+
+def copies_of(tensor: Tensor) -> int:
+    """How many processes have each number of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if placement.is_replicate())
 
 
 def gathered(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

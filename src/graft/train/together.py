@@ -64,7 +64,9 @@ def _not_by_several(s: Train) -> Iterator[str | bool]:
     """Sentences about settings that need one process; anything false where they do not."""
     yield (
         s.optimizer_in_backward
-        and "optimizer_in_backward is for one process; each holds a part of the gradients already: set it to false"
+        and s.optimizer in ("adamw_8bit", "adafactor")
+        and f"optimizer_in_backward goes with adamw, lion and sgd; {s.optimizer} looks at a whole weight, which no "
+        "process has in the backward pass: set optimizer_in_backward=false, or another optimizer"
     )
     yield s.master_weights != "fp32" and f"master_weights={s.master_weights} is for one process; use fp32"
     yield (
