@@ -314,3 +314,20 @@ def test_a_bad_gradient_in_one_process_ends_all(base, tmp_path):
     found = together(2, train_with_a_bad_part, settings_for(base, tmp_path, "two", *IN_BACKWARD), seconds=100)
     assert sum("is not finite, and optimizer_in_backward" in text for text in found) == 1, found
     assert sum(text.startswith("Elsewhere") for text in found) == 1, found
+
+
+@pytest.mark.parametrize("also", [(), ("clip=null", "optimizer_in_backward=true", "row_tokens=4096")])
+def test_bf16_weights_rounded_by_chance(base, tmp_path, also):
+    """Draws are those of one process; gradients in bf16 are added in another order."""
+    settings = ["method=full", "precision=bf16", "master_weights=stochastic", "lr=3e-3", *also]
+    alone = train(settings_for(base, tmp_path, "alone", *settings))
+    four = run_on(4, settings_for(base, tmp_path, "four", *settings, "shard_ranks=2", "save_every=3", "keep_last=9"))
+    np.testing.assert_allclose(numbers(four)[1:-1], numbers(alone)[1:-1], rtol=2e-2)
+    before = (four.final / "model.safetensors").read_bytes()
+    shutil.rmtree(four.final)
+    shutil.rmtree(four.checkpoints / "step-6")
+    run_on(
+        4,
+        settings_for(base, tmp_path, "four", *settings, "shard_ranks=2", "save_every=3", "keep_last=9", "resume=true"),
+    )
+    assert (four.final / "model.safetensors").read_bytes() == before, "a resumed run rounds as the unbroken one"

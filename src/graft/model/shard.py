@@ -179,6 +179,21 @@ def holders_of(tensor: DTensor) -> Holders | None:
     return found
 
 
+def first_of(tensor: Tensor) -> int:
+    """Place of the first number that this process has among all numbers of a tensor, row by row.
+
+    Raises:
+        ConfigError: it is spread in another way than by rows.
+    """
+    if not isinstance(tensor, DTensor):
+        return 0
+    holders = holders_of(tensor)
+    if holders is None:
+        raise ConfigError("master_weights=stochastic wants weights that are spread by rows (shard_ranks); use fp32")
+    rows = -(-tensor.shape[0] // holders.of_copy)
+    return min(holders.part * rows, tensor.shape[0]) * (tensor.numel() // tensor.shape[0])
+
+
 def copies_of(tensor: Tensor) -> int:
     """How many processes have each number of a tensor."""
     if not isinstance(tensor, DTensor):

@@ -68,7 +68,6 @@ def _not_by_several(s: Train) -> Iterator[str | bool]:
         and f"optimizer_in_backward goes with adamw, lion and sgd; {s.optimizer} looks at a whole weight, which no "
         "process has in the backward pass: set optimizer_in_backward=false, or another optimizer"
     )
-    yield s.master_weights != "fp32" and f"master_weights={s.master_weights} is for one process; use fp32"
     yield (
         s.out is None
         and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
