@@ -394,6 +394,15 @@ def test_a_run_over_four_processes_is_that_of_one(base, tmp_path, settings):
     assert computed == [sum(row["nodes"] for row in step["rows"]) for step in traced]
 
 
+@pytest.mark.parametrize(
+    ("setting", "within"), [("precision=bf16", 1e-2), ("precision=fp16", 1e-2), ("quantize=nf4", 1e-5)]
+)
+def test_other_formats_are_one_run_too(base, tmp_path, setting, within):
+    alone = train(settings_for(base, tmp_path, "alone", setting))
+    two = run_on(2, settings_for(base, tmp_path, "two", setting, "context_ranks=2"))
+    np.testing.assert_allclose(numbers(two), numbers(alone), rtol=within)
+
+
 def test_noise_of_a_group_is_that_of_one_process(base, tmp_path):
     alone = train(settings_for(base, tmp_path, "alone", "neftune_alpha=5"))
     two = run_on(2, settings_for(base, tmp_path, "two", "neftune_alpha=5", "context_ranks=2"))
