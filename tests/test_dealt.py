@@ -112,3 +112,30 @@ def test_dealt_weights_are_updated_to_the_bit_as_whole_ones(optimizer, shape):
     assert len(counts) == len(found), found
     assert sum(counts) == int(found[0].split(" of ")[1]), "each weight belongs to one process"
     assert max(counts) - min(counts) <= 1
+
+
+def round_in_parts(rank: int, shape: tuple[int, ...]) -> list[bool]:
+    """bf16 weights, rounded by chance: in parts and whole."""
+    ranks = ranks_from_environment()
+    ranks.join(torch.device("cpu"))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copy", "shard")[-len(shape) :])
+    placements = [Replicate(), Shard(0)][-len(shape) :]
+    wholes = {name: nn.Parameter(value.bfloat16()) for name, value in tensors(0).items()}
+    parts = {name: nn.Parameter(distribute_tensor(value.data, mesh, placements)) for name, value in wholes.items()}
+    stochastic = ["master_weights=stochastic", "optimizer=adamw"]
+    settings = load_train(None, ["model=m", "data=d.jsonl", "method=full", "lr=1e-2", "weight_decay=0.1", *stochastic])
+    for parameters in (wholes, parts):
+        optimizer = make(settings, parameters)
+        for number in range(3):
+            for name, gradient in tensors(100 + number).items():
+                parameters[name].grad = like(parameters[name], gradient.bfloat16())
+            optimizer.step()
+    same = [torch.equal(everywhere(parts[name]), whole) for name, whole in wholes.items()]
+    ranks.leave()
+    return same
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 2)], ids=str)
+def test_parts_are_rounded_by_chance_as_the_whole_is(shape):
+    size = int(torch.tensor(shape).prod())
+    assert together(size, round_in_parts, shape) == [[True] * len(SHAPES)] * size

@@ -229,9 +229,9 @@ def test_a_process_that_hangs_is_named_and_the_run_ends(base, tmp_path, capfd, h
     assert said.count("The run is ended") == 1
 
 
-@pytest.mark.parametrize("setting", ["row_tokens=auto"])
+@pytest.mark.parametrize("setting", ["optimizer_in_backward=true optimizer=adafactor"])
 def test_what_several_processes_cannot_do_is_refused_before_anything_is_read(base, tmp_path, setting):
-    settings = settings_for(base, tmp_path, "run", setting)
+    settings = settings_for(base, tmp_path, "run", *setting.split(), "method=full", "clip=null")
     refuse_with_ranks(settings, Ranks())
     with pytest.raises(ConfigError, match=setting.split("=")[0]):
         refuse_with_ranks(settings, Ranks(size=2))

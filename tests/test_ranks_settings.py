@@ -3,10 +3,12 @@
 tests/test_ranks.py has those that do not.
 """
 
+import math
 import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,18 +17,20 @@ import torch
 from test_ranks import assert_same_course, numbers, run_on, settings_for
 from tiny import ON_TREES, make_model, make_model_folder
 from together import together
+from torch import nn
 from transformers import MixtralConfig
 
 from graft.config.train import Lora, Train
 from graft.model.adapters import add_lora
 from graft.model.compile import compile_layers
 from graft.model.device import Precision
+from graft.model.machine import Rates
 from graft.model.ranks import ranks_from_environment
 from graft.model.remember import Mode, note_recipes, remember
 from graft.model.shard import mesh_of, shard
 from graft.model.trees import TreeLM, fuse_modules
 from graft.runs import RunFolder, read_jsonl
-from graft.train import checkpointing, computing, load, step
+from graft.train import checkpointing, computing, forecast, foresee_together, in_backward, load, loop, step
 from graft.train.checkpointing import activation_bytes_per_token
 from graft.train.loop import train
 from graft.train.step import Stepper
@@ -236,3 +240,94 @@ def test_gradients_are_added_up_once_per_step(base, tmp_path, settings, few, tim
     rows, sums = found[0]
     assert max(rows) >= 3
     assert sums == [times(count) for count in rows], (rows, sums)
+
+
+def run_with_memory(rank: int, settings: Train, free: list[float]) -> int:
+    """The row budget that this process trained with."""
+    foresee_together.free_share = lambda _device, _ranks: free[rank]
+    forecast.measure_rates = lambda *_: Rates(1e11, 1e11, 1e10, 1e-6)  # what does not decide takes time
+    budgets = []
+    make = loop.Fit.__init__
+
+    def noted(self: Any, settings: Train, *args: Any) -> None:
+        budgets.append(settings.row_tokens)
+        make(self, settings, *args)
+
+    loop.Fit.__init__ = noted
+    train(settings)
+    return budgets[0]
+
+
+@pytest.mark.parametrize(("free", "small"), [([1e12, 1e12], False), ([1e12, 1e6], True)])
+def test_the_row_budget_fits_into_the_least_memory(base, tmp_path, free, small):
+    common = ["encode.max_length=128", "batch_size=31", "max_steps=2"]
+    settings = settings_for(base, tmp_path, "two", *common).model_copy(update={"row_tokens": "auto"})
+    first, last = together(2, run_with_memory, settings, free)
+    assert first == last
+    assert (first == forecast.SMALLEST_BUDGET) == small, first
+    alone = train(settings_for(base, tmp_path, "alone", *common, "row_tokens=512"))
+    assert_same_course(alone, RunFolder(Path(str(settings.out))))
+
+
+def test_what_other_processes_hold_is_not_counted_here():
+    """Three layers and what is in none are whole while they compute; of all else a process has its share."""
+    parts = dict.fromkeys((*foresee_together.SPREAD, "frozen weights"), 1000)
+    layers = [nn.Linear(10, 10, bias=False) for _ in range(4)]  # 400 bytes each
+    model = nn.ModuleList([*layers, nn.Linear(5, 5, bias=False)])
+    hollow: Any = SimpleNamespace(lm=SimpleNamespace(model=model, base=None))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(foresee_together, "decoder_layers", lambda _base: ("", layers))
+        for holders, frozen, wanted in (
+            (4, True, 3750 - 100 - 1200),
+            (4, False, 3000 - 1300),
+            (1, True, 0),
+            (2, False, 700),
+        ):
+            assert foresee_together.bytes_elsewhere(parts, hollow, holders, frozen) == wanted
+
+
+IN_BACKWARD = ("method=full", "clip=null", "optimizer_in_backward=true", "row_tokens=4096")
+
+
+@pytest.mark.parametrize("also", [("optimizer=lion", "batch_size=1", "max_steps=12"), ("shard_ranks=2",)])
+def test_updates_in_the_backward_pass(base, tmp_path, also):
+    """With a conversation or two to a step, some processes have no row at all."""
+    tuned = (*IN_BACKWARD, "lr=1e-3", *also)
+    alone = train(settings_for(base, tmp_path, "alone", *[text for text in tuned if "shard" not in text]))
+    assert_same_course(alone, run_on(4, settings_for(base, tmp_path, "four", *tuned)))
+
+
+def train_with_a_bad_part(rank: int, settings: Train) -> str:
+    """The gradient of one weight is not a number in the last process alone."""
+    local, calls = in_backward.local, []
+
+    def spoilt(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(gradient)
+        return local(gradient) * (math.nan if rank == 1 and len(calls) == 5 else 1.0)
+
+    in_backward.local = spoilt
+    train(settings)
+    return ""
+
+
+def test_a_bad_gradient_in_one_process_ends_all(base, tmp_path):
+    found = together(2, train_with_a_bad_part, settings_for(base, tmp_path, "two", *IN_BACKWARD), seconds=100)
+    assert sum("is not finite, and optimizer_in_backward" in text for text in found) == 1, found
+    assert sum(text.startswith("Elsewhere") for text in found) == 1, found
+
+
+@pytest.mark.parametrize("also", [(), ("clip=null", "optimizer_in_backward=true", "row_tokens=4096")])
+def test_bf16_weights_rounded_by_chance(base, tmp_path, also):
+    """Draws are those of one process; gradients in bf16 are added in another order."""
+    settings = ["method=full", "precision=bf16", "master_weights=stochastic", "lr=3e-3", *also]
+    alone = train(settings_for(base, tmp_path, "alone", *settings))
+    four = run_on(4, settings_for(base, tmp_path, "four", *settings, "shard_ranks=2", "save_every=3", "keep_last=9"))
+    np.testing.assert_allclose(numbers(four)[1:-1], numbers(alone)[1:-1], rtol=2e-2)
+    before = (four.final / "model.safetensors").read_bytes()
+    shutil.rmtree(four.final)
+    shutil.rmtree(four.checkpoints / "step-6")
+    run_on(
+        4,
+        settings_for(base, tmp_path, "four", *settings, "shard_ranks=2", "save_every=3", "keep_last=9", "resume=true"),
+    )
+    assert (four.final / "model.safetensors").read_bytes() == before, "a resumed run rounds as the unbroken one"

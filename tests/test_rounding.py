@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -16,8 +17,10 @@ from graft.runs import RunFolder
 from graft.train import loop
 from graft.train.checkpoint import load_state, newest_checkpoint
 from graft.train.loop import train
-from graft.train.rounding import RoundingAdamW, round_by_chance
+from graft.train.rounding import RoundingAdamW, draws, round_by_chance
 from graft.train.step import Stepper
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +28,35 @@ def base(tmp_path_factory):
     return make_model_folder(tmp_path_factory.mktemp("models") / "llama")
 
 
+def splitmix64(seed: int, place: int) -> int:
+    """By its definition, in whole numbers of any size."""
+    state = (seed + place * 0x9E3779B97F4A7C15) % 2**64
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+    return state ^ (state >> 31)
+
+
+def test_what_is_drawn_is_splitmix64_even_and_the_same_in_parts():
+    seed = hash((7, 3, 11))
+    whole = draws(seed, 0, 4001, CPU)
+    wanted = [splitmix64(seed, n // 4) >> (16 * (n % 4)) & 0xFFFF for n in range(4001)]
+    assert whole.tolist() == wanted
+    cuts = [0, 1, 6, 6, 803, 4001]
+    parts = [draws(seed, first, last - first, CPU) for first, last in itertools.pairwise(cuts)]
+    assert torch.equal(torch.cat(parts), whole)
+    many = torch.cat(
+        [draws(hash((0, place, step)), 0, 50_000, CPU) for place in range(4) for step in range(5)]
+    ).double()
+    assert float(many.mean()) == pytest.approx(2**15 - 0.5, abs=4 * 2**16 / 12**0.5 / len(many) ** 0.5)
+    pairs = torch.corrcoef(many.view(20, -1)).fill_diagonal_(0)
+    assert float(pairs.abs().max()) < 5 / 50_000**0.5, "no two weights and no two steps draw alike"
+    counts = torch.bincount((many.long() >> 8), minlength=256).double()
+    assert float(((counts - counts.mean()) ** 2 / counts.mean()).sum()) < 350, "chi-square of 255 degrees, far out"
+
+
 def test_rounding_gives_a_neighbour_and_the_value_in_the_mean():
-    torch.manual_seed(0)
     for value in (1.001, -0.3337, 1e-30, 123456.7):
-        drawn = round_by_chance(torch.full((20_000,), value)).float()
+        drawn = round_by_chance(torch.full((20_000,), value), draws(0, 0, 20_000, CPU)).float()
         below = torch.tensor(value).view(torch.int32).bitwise_and(-(2**16)).view(torch.float32)
         gap = abs(
             float((torch.tensor(value).view(torch.int32).bitwise_and(-(2**16)) + 2**16).view(torch.float32) - below)
@@ -36,8 +64,8 @@ def test_rounding_gives_a_neighbour_and_the_value_in_the_mean():
         assert set(drawn.unique().tolist()) == {float(below), float(below) + math.copysign(gap, value)}
         assert abs(float(drawn.double().mean()) - value) < 4 * gap / 2 / 20_000**0.5
     exact = torch.tensor([0.0, -0.0, 1.5, -2.0, 3.0e38, math.inf, -math.inf])
-    assert torch.equal(round_by_chance(exact.bfloat16().float()), exact.bfloat16())
-    assert bool(round_by_chance(torch.tensor([math.nan])).isnan())
+    assert torch.equal(round_by_chance(exact.bfloat16().float(), draws(0, 0, 7, CPU)), exact.bfloat16())
+    assert bool(round_by_chance(torch.tensor([math.nan]), draws(0, 0, 1, CPU)).isnan())
 
 
 def test_small_updates_add_up_as_in_fp32_where_nearest_rounding_loses_them_all():

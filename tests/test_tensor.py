@@ -273,7 +273,8 @@ def test_what_cannot_be_cut_evenly_is_said_with_both_numbers(team, changes, said
     [
         "context_ranks=2", "quantize=nf4", "optimizer=muon method=full", "router_aux_loss=0.1",
         "checkpointing=selective", "checkpointing=auto", "compile=true", "offload_weights=true",
-        "method=peft peft={type:IA3}",
+        "method=peft peft={type:IA3}", "optimizer_in_backward=true method=full clip=null",
+        "master_weights=stochastic method=full",
     ],
 )  # fmt: skip
 def test_settings_that_need_whole_layers_are_refused_before_anything_is_read(folders, tmp_path, setting):

@@ -7,6 +7,7 @@ the loss is divided by the weight of the whole step already. Knows modules and p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MethodType
@@ -211,6 +212,29 @@ def holders_of(tensor: DTensor) -> Holders | None:
     for dim in copied:
         found = replace(found, copy=mesh.get_local_rank(dim), copies=mesh.size(dim), between=mesh.get_group(dim))
     return found
+
+
+def first_of(tensor: Tensor) -> int:
+    """Place of the first number that this process has among all numbers of a tensor, row by row.
+
+    Raises:
+        ConfigError: it is spread in another way than by rows.
+    """
+    if not isinstance(tensor, DTensor):
+        return 0
+    holders = holders_of(tensor)
+    if holders is None:
+        raise ConfigError("master_weights=stochastic wants weights that are spread by rows (shard_ranks); use fp32")
+    rows = -(-tensor.shape[0] // holders.of_copy)
+    return min(holders.part * rows, tensor.shape[0]) * (tensor.numel() // tensor.shape[0])
+
+
+def copies_of(tensor: Tensor) -> int:
+    """How many processes have each number of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if placement.is_replicate())
 
 
 def gathered(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

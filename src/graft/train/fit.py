@@ -27,7 +27,7 @@ from graft.model.load import load_weights
 from graft.model.router import RouterWatch
 from graft.model.shard import local
 from graft.runs import RunFolder, write_atomic
-from graft.tokens.tree import total_weight
+from graft.train.ahead import Ahead
 from graft.train.average import EMA, LIVE, Average, live_tensors, load_live
 from graft.train.checkpoint import State, find_damage, load_state, set_aside_after
 from graft.train.environment import describe_environment
@@ -48,7 +48,7 @@ from graft.train.rehearse import piece_of, rehearse_save
 from graft.train.rows import look_at_rows
 from graft.train.schedule import learning_rate
 from graft.train.sentinels import Sentinels, Step
-from graft.train.share import MyRows, rows_of_rank, rows_of_step
+from graft.train.share import MyRows, beside_others, rows_of_rank
 from graft.train.signals import Stop
 from graft.train.together import Here
 from graft.train.tuning import embeddings_of, make_stepper
@@ -82,6 +82,7 @@ class Fit:
             self.stepper.router = RouterWatch(self.lm, None if asked == "auto" else asked)
         free = settings.optimizer == "schedule_free_adamw"
         self.average = Average(self.parameters, self.optimizer, settings.ema, free)
+        self.ahead = Ahead(prepared, self.lm, settings.row_budget, here.ranks)
         self.state = State(step=0, made_of=prepared.made_of)
         self.log = Log(run, self.total_steps, writes=here.ranks.first)
         vocabulary = next(self.lm.embedding.parameters()).shape[0]
@@ -246,12 +247,12 @@ class Fit:
     def _update(self, step: int, stop: threading.Event) -> Update | None:
         """One optimizer step over the conversations of the plan; None where a stop was asked for before it was made."""
         started = time.perf_counter()
-        examples = self.prepared.train.examples(self.prepared.plan.step(step))
         budget = self.settings.row_budget
         patience = None if self.sentinels.updates else FIRST
         self.watchdog.beat(f"step {step + 1}", patience)
-        mine = rows_of_step(self.lm, examples, budget, self.ranks)
-        weight = total_weight(examples)
+        made = self.ahead.take(step)
+        examples, weight = made.examples, made.weight
+        mine = beside_others(self.lm, made.rows, examples, budget, self.ranks)
         lr = learning_rate(step, self.total_steps, self.settings)
         set_learning_rate(self.optimizer, lr)
         of_rows = []
@@ -274,8 +275,7 @@ class Fit:
         sums = self.stepper.update(of_rows, weight, step + 1)
         if self.stepper.skipped == skipped:
             self.average.follow()
-        tokens = sum(len(example.ids) for example in examples)
-        update = Update(sums, weight, lr, mine.nodes, tokens, time.perf_counter() - started)
+        update = Update(sums, weight, lr, mine.nodes, made.tokens, time.perf_counter() - started)
         self.log.add(update, self.stepper)
         if self.settings.trace and self.ranks.first:
             others = [

@@ -70,6 +70,13 @@ def _not_by_groups(s: Train) -> Iterator[str | bool]:
         and f"checkpointing={s.checkpointing} makes norms again outside of their layer, where no process has their "
         "weights as plain tensors; use full or none"
     )
+    yield (
+        s.optimizer_in_backward and "optimizer_in_backward has not been tried with layers that are cut; set it to false"
+    )
+    yield (
+        s.master_weights != "fp32"
+        and f"master_weights={s.master_weights} rounds a number by its place, which is known of whole rows; use fp32"
+    )
     yield s.compile is True and "compile=true has not been tried with layers that are cut; use compile=false"
     yield (
         s.offload_weights

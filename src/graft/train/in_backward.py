@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from graft.errors import ConfigError, Diverged
 from graft.model.device import Precision
+from graft.model.ranks import ALONE, Ranks
+from graft.model.shard import copies_of, local
 from graft.model.trees import TreeLM
 from graft.tokens.plan import Plan
 from graft.tokens.store import ExampleStore
@@ -23,7 +25,6 @@ from graft.tokens.tree import SHORTEST_RUN, build_rows
 from graft.train.loss import Objective
 from graft.train.optimizers import Together
 from graft.train.step import RowSums, Stepper, StepSums
-from graft.types import Row
 
 
 def refuse_steps_of_several_rows(plan: Plan, store: ExampleStore, row_tokens: int, share: bool) -> None:
@@ -53,7 +54,10 @@ def refuse_steps_of_several_rows(plan: Plan, store: ExampleStore, row_tokens: in
 
 
 class BackwardStepper(Stepper):
-    """A stepper whose updates are done when its backward pass is."""
+    """A stepper whose updates are done when its backward pass is.
+
+    Of several processes each has one row, and updates its parts of a weight as soon as all gradients of it are added.
+    """
 
     revocable = False
 
@@ -66,57 +70,55 @@ class BackwardStepper(Stepper):
         seed: int,
         objective: Objective,
         neftune_alpha: float | None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        super().__init__(lm, parameters, optimizer, precision, None, seed, objective, neftune_alpha)
+        super().__init__(lm, parameters, optimizer, precision, None, seed, objective, neftune_alpha, ranks)
         if precision.scaled:
             raise ConfigError(
                 "optimizer_in_backward cannot be joined with fp16, which this device computes in: its scaler must see "
                 "every gradient before one is applied; set optimizer_in_backward=false or precision=fp32"
             )
-        self.norms: list[Tensor] = []
-        """Of the gradients of the step so far."""
-        self.step = 0
-        names = {id(p): name for name, p in parameters.items()}
+        self.squares = torch.zeros(len(parameters), dtype=torch.float64)
+        """[P] of each gradient of the step so far, the sum of its squares; here of this process's part of it."""
+        places = {id(p): place for place, p in enumerate(parameters.values())}
         for part in optimizer.parts:
             (parameter,) = part.param_groups[0]["params"]
-            parameter.register_post_accumulate_grad_hook(self._applier(names[id(parameter)], part))
-
-    def accumulate(self, row: Row, number: tuple[int, int], weight: float) -> RowSums:
-        """Apply the gradient of a step that is this row alone."""
-        self.step = number[0] + 1
-        self.norms = []
-        return super().accumulate(row, number, weight)
+            parameter.register_post_accumulate_grad_hook(self._applier(places[id(parameter)], part))
 
     def _backward(self, loss: Tensor) -> None:
-        if bool(torch.isfinite(loss)):  # else the step is skipped whole, while it still can be
+        # Else the step is skipped whole, while it still can be; by all, since all must go back through the model.
+        if not self.ranks.any(not bool(torch.isfinite(loss))):
             loss.backward()
 
     def update(self, rows: Sequence[RowSums], weight: float, step: int) -> StepSums:
         """Close the step. One whose loss is not finite was skipped.
 
         Raises:
-            Diverged: several steps in a row were not finite.
+            Diverged: a gradient was not finite, or the loss several steps in a row.
         """
-        norm = torch.linalg.vector_norm(torch.stack(self.norms)) if self.norms else torch.zeros(())
+        copies = [copies_of(parameter) for parameter in self.parameters.values()]
+        squares = self.ranks.sum(self.squares / torch.tensor(copies, dtype=torch.float64))
+        self.squares = torch.zeros_like(self.squares)
+        for name, square in zip(self.parameters, squares.tolist(), strict=True):
+            if not math.isfinite(square):
+                raise Diverged(
+                    f"step {step}: the gradient of {name} is not finite, and optimizer_in_backward has applied "
+                    "others of this step already. Lower lr, or set optimizer_in_backward=false, which skips such steps"
+                )
+            if self.sentinels is not None and square > 0:
+                self.sentinels.had_gradient(name)
         asked = [] if self.sentinels is None else self.sentinels.questions()
-        sums = StepSums.read(rows, norm, self.lm.device, asked, aux=self.aux_of_rows)
+        sums = StepSums.read(rows, squares.sum().sqrt(), self.lm.device, asked, self.ranks, self.aux_of_rows)
         self._count(math.isfinite(sums.loss), sums, weight, step, None)
         return sums
 
-    def _applier(self, name: str, optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
+    def _applier(self, place: int, optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
         def apply(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
-            size = float(norm)
-            if not math.isfinite(size):
-                raise Diverged(
-                    f"step {self.step}: the gradient of {name} is not finite, and optimizer_in_backward has applied "
-                    "others of this step already. Lower lr, or set optimizer_in_backward=false, which skips such steps"
-                )
-            self.norms.append(norm)
-            if self.sentinels is not None and size > 0:
-                self.sentinels.had_gradient(name)
-            optimizer.step()
+            norm = float(torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32))
+            self.squares[place] = norm**2
+            if math.isfinite(norm):  # else the run ends with the step
+                optimizer.step()
             parameter.grad = None
 
         return apply

@@ -110,6 +110,13 @@ def load_for_training(
     return Ready(lm, final_dtype, began)
 
 
+def holders_for(settings: Train, ranks: Ranks) -> int:
+    """How many processes, or groups that share layers, hold one copy of the weights between them."""
+    tensor = settings.tensor_ranks
+    groups = {"all": ranks.size // tensor, "host": ranks.on_host // tensor}
+    return groups.get(str(settings.shard_ranks)) or int(settings.shard_ranks)
+
+
 def _spread(
     model: PreTrainedModel | PeftModel,
     settings: Train,
@@ -120,11 +127,11 @@ def _spread(
 ) -> tuple[Enter[Any], Split | None]:
     """What must surround whatever computes with the spread model, and how its layers are cut where they are."""
     tensor = settings.tensor_ranks
-    groups = {"all": ranks.size // tensor, "host": ranks.on_host // tensor}
-    holders = groups.get(str(settings.shard_ranks)) or int(settings.shard_ranks)
+    holders = holders_for(settings, ranks)
     mesh = mesh_of(ranks, device, holders, tensor)
     in_16_bits = settings.trains_own_weights and precision.compute != torch.float32
-    copies = "" if holders == groups["all"] else f", {groups['all'] // holders} copies"
+    groups = ranks.size // tensor
+    copies = "" if holders == groups else f", {groups // holders} copies"
     rows = "" if settings.context_ranks == 1 else f", every row over {settings.context_ranks}"
     cut = f", layers computed by {tensor} each" if tensor > 1 else ""
     note(f"{ranks.size} processes, weights spread over {holders * tensor}{copies}{rows}{cut}")

@@ -15,6 +15,7 @@ from graft.model.ranks import Ranks, ranks_from_environment
 from graft.runs import RunFolder
 from graft.train.fit import Fit
 from graft.train.foresee import explained_out_of_memory, foresee, is_small
+from graft.train.foresee_together import choose_row_tokens
 from graft.train.formats import refuse_base
 from graft.train.groups import refuse_groups
 from graft.train.in_backward import refuse_steps_of_several_rows
@@ -57,8 +58,7 @@ def _train_in(run: RunFolder, settings: Train, ranks: Ranks, recipe: Mapping[str
                 return run
             if settings.optimizer_in_backward:
                 refuse_steps_of_several_rows(prepared.plan, prepared.train, settings.row_budget, settings.trees)
-            if ranks.size == 1:
-                settings = foresee(settings, prepared)
+            settings = foresee(settings, prepared) if ranks.size == 1 else choose_row_tokens(settings, prepared, ranks)
             with (
                 explained_out_of_memory(settings, prepared),
                 joined(settings, run, prepared.made_of, ranks, recipe) as here,

@@ -39,7 +39,9 @@ def make_optimizer(
     groups = parameter_groups(parameters, embeddings, settings)
     kind = OPTIMIZERS[settings.optimizer]
     if settings.optimizer_in_backward:
-        return Together([kind.make([group | {"params": [p]}], settings) for group in groups for p in group["params"]])
+        each = [group | {"params": [p]} for group in groups for p in group["params"]]
+        # The place is for what is drawn by chance: it must be another for each weight.
+        return Together([kind.make([group | {"place": place}], settings) for place, group in enumerate(each)])
     spread = [p for group in groups if kind.whole(group) for p in group["params"]]
     if spread and isinstance(spread[0], DTensor):
         return Dealt(lambda its: kind.make(its, settings), groups, spread)

@@ -80,7 +80,7 @@ def _adam(settings: Train) -> dict[str, Any]:
 def _adamw(groups: list[Group], settings: Train) -> torch.optim.Optimizer:
     """Loshchilov & Hutter 2019, arXiv:1711.05101."""
     if settings.master_weights == "stochastic":
-        return RoundingAdamW(groups, **_adam(settings), **settings.optimizer_options)
+        return RoundingAdamW(groups, settings.seed, **_adam(settings), **settings.optimizer_options)
     return torch.optim.AdamW(groups, **{"fused": True, **_adam(settings), **settings.optimizer_options})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -36,10 +37,13 @@ class MyRows:
 
 def rows_of_step(lm: TreeLM, examples: Sequence[Example], row_tokens: int, ranks: Ranks) -> MyRows:
     """This process's rows of some examples. Every process must ask at the same time where there are several."""
+    return beside_others(lm, rows_of_rank(lm, examples, row_tokens, ranks, ranks.rank), examples, row_tokens, ranks)
+
+
+def beside_others(lm: TreeLM, rows: list[Row], examples: Sequence[Example], row_tokens: int, ranks: Ranks) -> MyRows:
+    """This process's rows of some examples, with what the number of the others' asks of it. All must ask together."""
     if ranks.size == 1:
-        rows = lm.rows(examples, row_tokens)
         return MyRows(rows, [], sum(map(len, rows)))
-    rows = rows_of_rank(lm, examples, row_tokens, ranks, ranks.rank)
     counts = ranks.counts(len(rows), sum(map(len, rows)))[:: lm.row_ranks]  # one of those that have the same rows
     missing = max(count for count, _ in counts) - len(rows)
     idle = lm.rows([shortest(examples[0])], row_tokens) * missing
@@ -59,8 +63,17 @@ def shortest(example: Example) -> Example:
     return replace(example, ids=example.ids[:2], weights=np.array([0, 1], np.float32)[: len(example.ids)])
 
 
+_known: WeakKeyDictionary[TreeLM, Prices] = WeakKeyDictionary()
+
+
 def prices_of(lm: TreeLM) -> Prices:
     """Operations by the model's shape: two for each weight of its layers, four for each feature of a pair's heads."""
+    if lm not in _known:  # a walk through all modules
+        _known[lm] = _prices_of(lm)
+    return _known[lm]
+
+
+def _prices_of(lm: TreeLM) -> Prices:
     config = lm.base.config.get_text_config()
     head = sum(p.numel() for p in lm.head.parameters() if p.dim() == 2) if lm.base.get_output_embeddings() else 0
     try:

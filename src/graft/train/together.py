@@ -64,10 +64,10 @@ def _not_by_several(s: Train) -> Iterator[str | bool]:
     """Sentences about settings that need one process; anything false where they do not."""
     yield (
         s.optimizer_in_backward
-        and "optimizer_in_backward is for one process; each holds a part of the gradients already: set it to false"
+        and s.optimizer in ("adamw_8bit", "adafactor")
+        and f"optimizer_in_backward goes with adamw, lion and sgd; {s.optimizer} looks at a whole weight, which no "
+        "process has in the backward pass: set optimizer_in_backward=false, or another optimizer"
     )
-    yield s.master_weights != "fp32" and f"master_weights={s.master_weights} is for one process; use fp32"
-    yield (s.row_tokens == "auto" and "row_tokens=auto asks one process's memory; give a number")
     yield (
         s.out is None
         and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
@@ -148,6 +148,20 @@ def _reopened(text: str, settings: Train) -> Prepared:
     )
 
 
+def device_of(settings: Train, ranks: Ranks) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        ConfigError: it is not there, or the settings name one device for several processes.
+    """
+    device = pick_device(settings.device)
+    if ranks.size == 1 or device.type == "cpu":
+        return device
+    if ":" in settings.device:
+        raise ConfigError(f"device={settings.device} names one device for {ranks.size} processes; leave its number out")
+    return pick_device(f"{device.type}:{ranks.local}")
+
+
 @contextmanager
 def joined(
     settings: Train, run: RunFolder, made_of: Mapping[str, str], ranks: Ranks, recipe: Mapping[str, str]
@@ -156,13 +170,8 @@ def joined(
 
     `recipe` is what this process was told to do, by setting.
     """
-    device = pick_device(settings.device)
+    device = device_of(settings, ranks)
     if ranks.size > 1 and device.type != "cpu":
-        if ":" in settings.device:
-            raise ConfigError(
-                f"device={settings.device} names one device for {ranks.size} processes; leave its number out"
-            )
-        device = pick_device(f"{device.type}:{ranks.local}")
         torch.accelerator.set_device_index(device)
     ranks.join(device)
     if ranks.size > 1:

@@ -61,7 +61,9 @@ def make_stepper(
     """What turns rows into updates, by the settings."""
     objective = Objective(settings.label_smoothing, settings.loss == "dft")
     if isinstance(optimizer, Together) and settings.optimizer_in_backward:
-        return BackwardStepper(lm, parameters, optimizer, precision, settings.seed, objective, settings.neftune_alpha)
+        return BackwardStepper(
+            lm, parameters, optimizer, precision, settings.seed, objective, settings.neftune_alpha, ranks
+        )
     return Stepper(
         lm, parameters, optimizer, precision, settings.clip, settings.seed, objective, settings.neftune_alpha, ranks
     )
