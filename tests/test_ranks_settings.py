@@ -271,19 +271,14 @@ def test_the_row_budget_fits_into_the_least_memory(base, tmp_path, free, small):
 
 def test_what_other_processes_hold_is_not_counted_here():
     """Three layers and what is in none are whole while they compute; of all else a process has its share."""
-    parts = dict.fromkeys((*foresee_together.SPREAD, "frozen weights"), 1000)
+    parts = dict.fromkeys(foresee_together.SPREAD, 1000)
     layers = [nn.Linear(10, 10, bias=False) for _ in range(4)]  # 400 bytes each
     model = nn.ModuleList([*layers, nn.Linear(5, 5, bias=False)])
     hollow: Any = SimpleNamespace(lm=SimpleNamespace(model=model, base=None))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(foresee_together, "decoder_layers", lambda _base: ("", layers))
-        for holders, frozen, wanted in (
-            (4, True, 3750 - 100 - 1200),
-            (4, False, 3000 - 1300),
-            (1, True, 0),
-            (2, False, 700),
-        ):
-            assert foresee_together.bytes_elsewhere(parts, hollow, holders, frozen) == wanted
+        for holders, wanted in ((4, 3750 - 1300), (2, 2500 - 1300), (1, 0)):
+            assert foresee_together.bytes_elsewhere(parts, hollow, holders) == wanted
 
 
 IN_BACKWARD = ("method=full", "clip=null", "optimizer_in_backward=true", "row_tokens=4096")

@@ -10,7 +10,7 @@ from graft.errors import ConfigError, GraftError
 from graft.model.adapters import decoder_layers
 from graft.model.ranks import PATIENCE, Ranks
 from graft.train.checkpointing import free_share
-from graft.train.foresee import forecaster_for, gib
+from graft.train.foresee import forecaster_for, shown_bytes
 from graft.train.hollow import Hollow, hollow
 from graft.train.load import holders_for
 from graft.train.prepare import Prepared
@@ -19,7 +19,7 @@ from graft.train.together import device_of
 WHOLE_LAYERS = 3
 """Decoder layers of which a process has all the weights at a time: the one that computes, the one that is gathered for
 the next, and as much again for a layer's gradients."""
-SPREAD = ("trained weights", "gradients", "optimizer states", "moving average")
+SPREAD = ("frozen weights", "trained weights", "gradients", "optimizer states", "moving average")
 """Parts of a forecast of which each process holds its share."""
 
 
@@ -38,24 +38,23 @@ def _chosen(settings: Train, prepared: Prepared, ranks: Ranks, least: float) -> 
     try:
         parts = forecaster.forecast().parts
         model = hollow(settings, forecaster.precision, forecaster.device, list(prepared.renderer.new_tokens))
-        elsewhere = bytes_elsewhere(parts, model, holders_for(settings, ranks), settings.quantize == "none")
+        elsewhere = bytes_elsewhere(parts, model, holders_for(settings, ranks))
         budget, _ = forecaster.choose_budget(int(least + elsewhere))
     except GraftError as error:
         note(f"memory is not foreseen: {error}")
         return settings.row_budget
-    note(f"row_tokens: auto is {budget} (the least free memory of {ranks.size} processes is {gib(least)})")
+    note(f"row_tokens: auto is {budget} (the least free memory of {ranks.size} processes is {shown_bytes(least)})")
     return budget
 
 
-def bytes_elsewhere(parts: Mapping[str, int], model: Hollow, holders: int, frozen_too: bool) -> float:
+def bytes_elsewhere(parts: Mapping[str, int], model: Hollow, holders: int) -> float:
     """What a process need not hold of a forecast for one, since `holders` have its weights between them.
 
     From below: of the weights that are gathered again while they compute, all are counted in the format they are kept.
     """
     if holders == 1:
         return 0.0
-    names = (*SPREAD, "frozen weights") if frozen_too else SPREAD
-    spread = sum(parts[name] for name in names) * (1 - 1 / holders)
+    spread = sum(parts[name] for name in SPREAD) * (1 - 1 / holders)
     total = sum(parameter.nbytes for parameter in model.lm.model.parameters())
     try:
         sizes = [sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(model.lm.base)[1]]
