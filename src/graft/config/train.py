@@ -178,6 +178,9 @@ class Train(Settings):
     context_ranks: int = Field(default=1, ge=1)
     """With several processes: how many compute one row together, each some of its nodes, where a row's activations are
     too large for one device. It divides the number of processes. The result is the same."""
+    tensor_ranks: int = Field(default=1, ge=1)
+    """With several processes: so many neighbours compute each layer between them, by its columns, rows and heads
+    (tensor parallelism), for models whose layers do not fit one device. The result is the same."""
     offload_weights: bool = False
     """With several processes on accelerators: keep weights and optimizer states in the host's memory between uses."""
     epochs: float = Field(default=3.0, gt=0, le=1_000_000)

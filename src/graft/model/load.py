@@ -21,7 +21,7 @@ from peft import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from graft.errors import InputError, first_line, said
 from graft.model.device import pick_device, pick_precision, refuse_elsewhere
@@ -183,6 +183,16 @@ def layer_count(path: str, trust_remote_code: bool = False) -> int | None:
 
 def _config(path: str, trust_remote_code: bool) -> dict[str, Any]:
     """The text model's config."""
+    found: dict[str, Any] = text_config(path, trust_remote_code).to_dict()
+    return found
+
+
+def text_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The text model's config, before any weight is read.
+
+    Raises:
+        InputError: it is missing or of no known architecture.
+    """
     local = Path(path).exists()
     refuse_no_model(path)
     try:
@@ -190,7 +200,7 @@ def _config(path: str, trust_remote_code: bool) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, ImportError) as error:
         why = explained(error, path) or f"its config cannot be read: {first_line(error)}"
         raise InputError(f"model {path}: {why}") from None
-    found: dict[str, Any] = config.get_text_config().to_dict()
+    found: PreTrainedConfig = config.get_text_config()
     return found
 
 

@@ -36,34 +36,45 @@ T = TypeVar("T")
 Enter = Callable[[Callable[[], T]], T]
 
 
-def mesh_of(ranks: Ranks, device: torch.device, holders: int) -> DeviceMesh:
-    """The processes as a grid: `holders` neighbours hold one copy of the weights between them, the rest are copies.
+def mesh_of(ranks: Ranks, device: torch.device, holders: int, tensor: int = 1) -> DeviceMesh:
+    """The processes as a grid: `tensor` neighbours compute each layer between them, `holders` such groups hold one copy
+    of the weights between them, the rest are copies.
 
     Raises:
         ConfigError: the processes cannot be divided so.
     """
-    if ranks.size % holders:
+    groups = ranks.size // tensor
+    if groups % holders:
         raise ConfigError(
-            f"shard_ranks: {holders} processes to a copy of the weights, but {ranks.size} processes cannot be divided "
-            f"so; choose a divisor of {ranks.size}, all, or host"
+            f"shard_ranks: {holders} processes to a copy of the weights, but {groups} processes cannot be divided "
+            f"so; choose a divisor of {groups}, all, or host"
         )
-    if holders == ranks.size:
-        return init_device_mesh(device.type, (holders,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (ranks.size // holders, holders), mesh_dim_names=("copy", "shard"))
+    wanted = {"copy": groups // holders, "shard": holders, "tensor": tensor}
+    sizes = {name: size for name, size in wanted.items() if size > 1 or name == "shard"}
+    return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def leave_whole(_module: nn.Module) -> None:
+    """Do nothing to a module: every process computes all of it."""
 
 
 def shard(
-    model: PreTrainedModel | PeftModel, mesh: DeviceMesh, compute: torch.dtype | None = None, offload: bool = False
+    model: PreTrainedModel | PeftModel,
+    mesh: DeviceMesh,
+    compute: torch.dtype | None = None,
+    offload: bool = False,
+    cut: Callable[[nn.Module], None] = leave_whole,
 ) -> Enter[Any]:
     """Spread a model over a mesh, in place; returns what must surround whatever computes with its weights.
 
     Weights that are no plain floating-point tensors (quantised ones) stay whole in every process. `compute` is the
     format in which trained weights travel and compute, None as they are kept; gradients always travel in fp32.
-    `offload` keeps the parts in the host's memory between uses.
+    `offload` keeps the parts in the host's memory between uses. `cut` is called with each module before its weights are
+    spread, from the layers to the model (model/tensor.py).
     """
     whole = {parameter for parameter in model.parameters() if not _divisible(parameter)}
     how: dict[str, Any] = {
-        "mesh": mesh,
+        "mesh": mesh[tuple(name for name in mesh.mesh_dim_names or () if name != "tensor")],
         "ignored_params": whole,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=compute, reduce_dtype=torch.float32 if compute else None, cast_forward_inputs=False
@@ -75,7 +86,9 @@ def shard(
     except ConfigError:  # no list of layers: the model is one piece, whole while it computes
         layers = []
     for layer in layers:
+        cut(layer)
         fully_shard(layer, **how)
+    cut(model)
     fully_shard(model, **how)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -84,8 +97,23 @@ def shard(
     root: Any = model
     root.compute_inside = MethodType(lambda _self, run: run(), model)
     register_fsdp_forward_method(model, "compute_inside")
-    enter: Enter[Any] = root.compute_inside
+
+    def enter(run: Callable[[], Any]) -> Any:
+        found = root.compute_inside(run)
+        if not torch.is_grad_enabled():
+            give_back(model)
+        return found
+
     return enter
+
+
+def give_back(model: nn.Module) -> None:
+    """Leave each process its part after a forward pass that no backward pass follows.
+
+    That would do it; else the weights outside of the layers stay whole, and a change of them would be lost on those.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def sum_gradients(model: nn.Module, last: bool, few: bool) -> None:

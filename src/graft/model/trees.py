@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import noop_context_fn
 from transformers import PreTrainedModel
 from transformers.models.bloom.modeling_bloom import BloomForCausalLM
 
@@ -100,6 +101,12 @@ class TreeLM:
         self.embedding: nn.Module = self.base.get_input_embeddings()
         self.last_layer = LastLayer(self.decoder)
         self.row_step = row_step
+        self.layer_ranks = 1
+        """Neighbouring processes that compute each layer between them (model/tensor.py)."""
+        self.dealt: Callable[[TreeRow], TreeRow] = lambda tree: tree
+        """The row with the predictors whose loss this process computes: all, unless several share a row."""
+        self.recompute: Callable[[], tuple[Any, Any]] = noop_context_fn
+        """What surrounds a part within `enter` that is computed again in the backward pass, for `checkpoint`."""
         self.backend_failed: str | None = None
         self.on_trees = False
         self.row_in_masks = False
@@ -161,7 +168,7 @@ class TreeLM:
     @property
     def row_ranks(self) -> int:
         """Neighbouring processes that compute every row together."""
-        return 1 if self.context is None else self.context.size
+        return self.layer_ranks if self.context is None else self.context.size
 
     def place(self, row: Row, split: bool = True) -> TreeRow:
         """The row on the model's device, as it is computed there: this process's share of it where rows are split.

@@ -26,7 +26,8 @@ from graft.model.lora_quantized import fuse_quantized_lora
 from graft.model.peft_kinds import kind_of, mutates_base, peft_config
 from graft.model.ranks import ALONE, Ranks
 from graft.model.remember import Mode, note_recipes, remember
-from graft.model.shard import Enter, mesh_of, shard
+from graft.model.shard import Enter, give_back, mesh_of, shard
+from graft.model.tensor import Split
 from graft.model.trees import TreeLM, at_once, fuse_modules
 from graft.model.unreached import stacked_experts
 from graft.model.vocabulary import begin_as_pieces, grow, token_rows
@@ -85,15 +86,19 @@ def load_for_training(
     if settings.context_ranks > 1:
         plainly = settings.checkpointing == "none" and not offload  # nobody else decides what is kept
         context = Context.connect(ranks, settings.context_ranks, asks_again=plainly)
+    split: Split | None = None
     if ranks.size > 1:
         if fuse:
             fuse_modules(model)  # while their weights are whole: some are compared with what they replace
         if settings.checkpointing in ("selective", "auto"):
             note_recipes(model)
-        enter = _spread(model, settings, precision, device, ranks)
+        enter, split = _spread(model, settings, precision, device, ranks)
     lm = tree_model(model, settings, computing, fuse and ranks.size == 1, enter, context)
+    if split is not None:
+        lm.layer_ranks, lm.dealt, lm.recompute = split.size, split.dealt, split.recompute
     if settings.checkpointing == "auto":
         remember_what_fits(lm, precision, settings.row_budget, every, offload, ranks)
+        give_back(model)
     elif settings.checkpointing == "selective" or offload:
         mode: Mode = "selective" if settings.checkpointing == "selective" else "none"
         remember(model, mode, every, offload, written=ranks.size > 1)
@@ -102,14 +107,22 @@ def load_for_training(
 
 def _spread(
     model: PreTrainedModel | PeftModel, settings: Train, precision: Precision, device: torch.device, ranks: Ranks
-) -> Enter[Any]:
-    holders = {"all": ranks.size, "host": ranks.on_host}.get(str(settings.shard_ranks)) or int(settings.shard_ranks)
-    mesh = mesh_of(ranks, device, holders)
+) -> tuple[Enter[Any], Split | None]:
+    """What must surround whatever computes with the spread model, and how its layers are cut where they are."""
+    tensor = settings.tensor_ranks
+    groups = {"all": ranks.size // tensor, "host": ranks.on_host // tensor}
+    holders = groups.get(str(settings.shard_ranks)) or int(settings.shard_ranks)
+    mesh = mesh_of(ranks, device, holders, tensor)
     in_16_bits = settings.trains_own_weights and precision.compute != torch.float32
-    copies = "" if holders == ranks.size else f", {ranks.size // holders} copies"
+    copies = "" if holders == groups["all"] else f", {groups['all'] // holders} copies"
     rows = "" if settings.context_ranks == 1 else f", every row over {settings.context_ranks}"
-    note(f"{ranks.size} processes, weights spread over {holders}{copies}{rows}")
-    return shard(model, mesh, precision.compute if in_16_bits else None, settings.offload_weights)
+    cut = f", layers computed by {tensor} each" if tensor > 1 else ""
+    note(f"{ranks.size} processes, weights spread over {holders * tensor}{copies}{rows}{cut}")
+    compute = precision.compute if in_16_bits else None
+    if tensor == 1:
+        return shard(model, mesh, compute, settings.offload_weights), None
+    split = Split(model, mesh, device)
+    return split.around(shard(model, mesh, compute, settings.offload_weights, split.cut)), split
 
 
 def _own_weights(

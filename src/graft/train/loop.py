@@ -16,6 +16,7 @@ from graft.runs import RunFolder
 from graft.train.fit import Fit
 from graft.train.foresee import explained_out_of_memory, foresee, is_small
 from graft.train.formats import refuse_base
+from graft.train.groups import refuse_groups
 from graft.train.in_backward import refuse_steps_of_several_rows
 from graft.train.preflight import recipe_of
 from graft.train.signals import stop_requests
@@ -39,6 +40,7 @@ def _train(settings: Train, ranks: Ranks) -> RunFolder:
     check_tuning(settings)
     refuse_base(settings)
     refuse_with_ranks(settings, ranks)
+    refuse_groups(settings, ranks)
     recipe = recipe_of(settings)
     with contextlib.ExitStack() as held:
         settings, run = open_together(settings, ranks, held)

@@ -13,6 +13,7 @@ What is trained on is an `Objective` of the logits z at each predictor with labe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from graft.model.attention import TreeRow
 from graft.model.count import HEAD, part
@@ -66,8 +67,8 @@ class Summed(NamedTuple):
 
 
 def row_loss(lm: TreeLM, tree: TreeRow, objective: Objective = PLAIN) -> Summed:
-    """Summed loss of one row; zero for a row without targets."""
-    summed: Summed = lm.enter(lambda: _row_loss(lm, tree, objective))
+    """Summed loss of one row, or of this process's predictors in it; zero where there are none."""
+    summed: Summed = lm.enter(lambda: _row_loss(lm, lm.dealt(tree), objective))
     return summed
 
 
@@ -76,7 +77,7 @@ def _row_loss(lm: TreeLM, tree: TreeRow, objective: Objective) -> Summed:
         return logits_nll(lm.logits(tree), tree.labels, tree.weights, objective)
     states = lm.states(tree)
     with part(HEAD):
-        return linear_nll(states, lm.head, lm.logit_shape, tree.labels, tree.weights, objective)
+        return linear_nll(states, lm.head, lm.logit_shape, tree.labels, tree.weights, objective, lm.recompute)
 
 
 def linear_nll(
@@ -86,12 +87,13 @@ def linear_nll(
     labels: Tensor,
     weights: Tensor,
     objective: Objective = PLAIN,
+    recompute: Callable[[], tuple[Any, Any]] = noop_context_fn,
 ) -> Summed:
     """Summed loss of `head(hidden)` at M predictors.
 
     hidden [M, d], labels [M], weights [M] float32. A plain linear head computes its gradients in the forward pass (two
     matrix products per chunk and no logits kept); any other head, an adapter on it for example, is recomputed chunk by
-    chunk.
+    chunk, within the contexts of `recompute`.
     """
     if type(head) is nn.Linear:
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -105,7 +107,7 @@ def linear_nll(
     total, nll, correct = (hidden.new_zeros((), dtype=torch.float32) for _ in range(3))
     chunk = max(1, CHUNK_ELEMENTS // _vocabulary(head))
     for h, y, w in zip(hidden.split(chunk), labels.split(chunk), weights.split(chunk), strict=True):
-        of_chunk = checkpoint(_module_nll, h, head, shape, y, w, objective, use_reentrant=False)
+        of_chunk = checkpoint(_module_nll, h, head, shape, y, w, objective, use_reentrant=False, context_fn=recompute)
         total, nll, correct = total + of_chunk[0], nll + of_chunk[1], correct + of_chunk[2]
     return Summed(total, total if objective.plain else nll, correct)
 
