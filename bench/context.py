@@ -54,8 +54,8 @@ from graft.types import Example, Row
 CPU = torch.device("cpu")
 HEADS, KEY_HEADS, WIDTH, INNER, LAYERS = 8, (2, 8), 256, 704, 6
 PROCESSES = (1, 2, 4)
-KEPT = ("none", "none, whole keys kept", "full")
-"""`checkpointing`; and `none` without collecting keys and values again in the backward pass."""
+KEPT = ("none", "full", "none, whole keys kept")
+"""`checkpointing`; the last is `none` without collecting keys and values again in the backward pass."""
 PRICES = {
     "8 B": Prices(2 * 7.0e9, 4 * 32 * 4096, 2 * 0.53e9),
     "0.5 B": Prices(2 * 0.36e9, 4 * 24 * 896, 2 * 0.136e9),

@@ -17,6 +17,7 @@ from tiny import (
     GROUPED,
     ON_TREES,
     ONE_PER_ROW,
+    SIZES,
     branching_examples,
     make_example,
     make_model,
@@ -24,7 +25,7 @@ from tiny import (
     write_rows,
 )
 from together import together
-from transformers import Llama4TextConfig, MixtralConfig, Phi3Config
+from transformers import Llama4TextConfig, LlamaConfig, MixtralConfig, Phi3Config
 
 from graft.errors import ConfigError
 from graft.model import context as context_module
@@ -42,6 +43,7 @@ from graft.runs import RunFolder
 from graft.tokens.deal import Prices
 from graft.tokens.split_row import BLOCKS, held_by, nodes_of, split_row
 from graft.tokens.tree import build_rows, padded, segments, total_weight, visible
+from graft.train.checkpointing import activation_bytes_per_token
 from graft.train.loop import train
 from graft.train.loss import row_loss
 from graft.train.step import Stepper
@@ -293,6 +295,40 @@ def with_checkpoints(rank: int) -> list[str]:
     return [f"{name}: {value:.1e}" for name, value in differences(found, wanted).items() if not value < 1e-5]
 
 
+def kept_per_token(rank: int, size: int) -> list[float]:
+    """Bytes that a process keeps per token of a row: whole rows, split ones, and those whose keys are all kept."""
+    ranks = ranks_from_environment()
+    ranks.join(CPU)
+    config = LlamaConfig(**SIZES)  # as many key heads as heads: what is kept of keys counts
+    found = [activation_bytes_per_token(TreeLM(make_model(config)), FP32)]
+    lm = TreeLM(make_model(config), context=Context.connect(ranks, size, asks_again=True))
+    found.append(activation_bytes_per_token(lm, FP32))
+    lm.context.asks_again = False
+    return [*found, activation_bytes_per_token(lm, FP32)]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_what_a_process_keeps_falls_with_the_number(size):
+    for whole, split, all_keys in together(size, kept_per_token, size):
+        assert split < 1.1 * whole / size
+        layers, width, bytes_of_fp32 = 2, 32, 4
+        kept_of_others = 2 * layers * width * bytes_of_fp32 * (1 - 1 / size)
+        assert all_keys - split == kept_of_others
+
+
+def test_the_balance_of_experts_is_that_of_the_whole_step(tmp_path):
+    base = make_model_folder(tmp_path / "mixtral", MixtralConfig, num_local_experts=4)
+    also = ["method=full", "router_aux_loss=0.5", "encode.max_length=64", "row_tokens=64"]  # several rows per step
+    alone = train(settings_for(base, tmp_path, "alone", *also))
+    found = run_on(4, settings_for(base, tmp_path, "four", *also, "context_ranks=2"))
+    assert_same_course(alone, found)
+    balances = [
+        [row["router_aux_loss"] for row in run.read_metrics() if row["kind"] == "train"] for run in (alone, found)
+    ]
+    np.testing.assert_allclose(*balances, rtol=1e-6)
+    assert min(balances[0]) > 0
+
+
 def refused_at_load(rank: int, family: str) -> str:
     ranks = ranks_from_environment()
     ranks.join(CPU)
@@ -374,13 +410,16 @@ def branching_conversations() -> list[dict]:
         ["context_ranks=4", "trees=false", "method=full"],
         ["context_ranks=2", "loss=dft"],
         ["context_ranks=2", "label_smoothing=0.1"],
+        ["context_ranks=2", "checkpointing=selective"],
+        ["context_ranks=2", "checkpointing=auto"],
+        ["context_ranks=2", "optimizer=adafactor", "method=full"],
         ["context_ranks=2", "attention=dense"],
     ],
     ids=" ".join,
 )
 def test_a_run_over_four_processes_is_that_of_one(base, tmp_path, settings):
     write_rows(tmp_path / "data.jsonl", branching_conversations())
-    shared = ("trees", "method", "loss", "label", "checkpoint")
+    shared = ("trees", "method", "loss", "label", "checkpoint", "optimizer")
     alone = train(settings_for(base, tmp_path, "alone", *[text for text in settings if text.startswith(shared)]))
     four = run_on(4, settings_for(base, tmp_path, "four", *settings))
     assert_same_course(alone, four)

@@ -23,11 +23,14 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from graft.errors import ConfigError
-from graft.model.device import send
-from graft.model.ranks import Ranks
+from graft.model.device import scratch, send
+from graft.model.ranks import COLLECTIVE_TIMEOUT, Ranks
 from graft.tokens.deal import Prices
 from graft.tokens.split_row import BLOCKS, Held, held_by, nodes_of, split_row
 from graft.types import Row
+
+all_gather: Any = vars(dist).get("all_gather_single") or dist.all_gather_into_tensor
+"""Into one tensor, which takes no copy; torch renamed it in 2.13."""
 
 
 def refuse_split_rows(size: int, ranks: Ranks) -> None:
@@ -68,7 +71,8 @@ class Context:
     @classmethod
     def connect(cls, ranks: Ranks, size: int, asks_again: bool = False) -> Context:
         """Connect each `size` neighbours; all processes must do so at the same time."""
-        return cls(size, ranks.rank % size, dist.new_subgroups(size)[0], asks_again)
+        group, _ = dist.new_subgroups(size, timeout=COLLECTIVE_TIMEOUT)
+        return cls(size, ranks.rank % size, group, asks_again)
 
     @property
     def least(self) -> int:
@@ -120,6 +124,7 @@ class Share:
         values: Tensor
         keys, values = _Collected.apply(key, value, kept)  # type: ignore[no-untyped-call]
         if not (self.context.asks_again and torch.is_grad_enabled()):
+            kept.mine = None
             return compute(keys, values)
         kept.known = [tensor.untyped_storage().data_ptr() for tensor in (keys, values)]
         with saved_tensors_hooks(kept.keep, kept.give_back):
@@ -141,8 +146,8 @@ class _Kept:
     def __init__(self, share: Share, key: Tensor, value: Tensor) -> None:
         self.share = share
         self.forms = [(tensor.shape[1], tensor.shape[3]) for tensor in (key, value)]
-        self.mine = torch.cat([_by_node(tensor.detach()) for tensor in (key, value)], dim=1)
-        """[n, F]"""
+        self.mine: Tensor | None = torch.cat([_by_node(tensor.detach()) for tensor in (key, value)], dim=1)
+        """[n, F]; None once they are asked for no more."""
         self.known: list[int] = []
         """Where the whole keys and values lie while the forward pass uses them."""
         self.again: list[Tensor] = []
@@ -150,16 +155,16 @@ class _Kept:
 
     def collect(self) -> list[Tensor]:
         """Keys and values [1, K, N, D] of all nodes."""
-        found = self.mine.new_empty(self.share.context.size, *self.mine.shape)
-        dist.all_gather(list(found.unbind()), self.mine, group=self.share.context.group)
+        assert self.mine is not None
+        found = _room(self.share.size, self.mine.shape[1], self.mine).view(self.share.context.size, *self.mine.shape)
+        all_gather(found.flatten(0, 1), self.mine, group=self.share.context.group)
         whole, start = [], 0
         for heads, size in self.forms:
             features = slice(start, start := start + heads * size)
-            pieces = [
-                found[process, piece.at : piece.at + piece.end - piece.first, features]
-                for _, process, piece in self.share.in_order
-            ]
-            whole.append(torch.cat(pieces).view(-1, heads, size).transpose(0, 1)[None])
+            rows = _room(self.share.size, heads * size, self.mine)
+            for first, process, piece in self.share.in_order:
+                rows[first : piece.end] = found[process, piece.at : piece.at + piece.end - first, features]
+            whole.append(rows.view(-1, heads, size).transpose(0, 1)[None])
         return whole
 
     def keep(self, tensor: Tensor) -> Any:
@@ -181,15 +186,17 @@ class _Kept:
 
     def parts_of(self, grads: tuple[Tensor, Tensor]) -> list[Tensor]:
         """The gradient of this process's keys and values, from each process's gradients of all."""
-        size = self.share.context.size
-        sent = grads[0].new_empty(size, *self.mine.shape)
+        width_of_both = sum(heads * width for heads, width in self.forms)
+        sent, got = (
+            _room(self.share.size, width_of_both, grads[0]).view(self.share.context.size, -1, width_of_both)
+            for _ in range(2)
+        )
         start = 0
         for grad, (heads, width) in zip(grads, self.forms, strict=True):
             features = slice(start, start := start + heads * width)
             rows = _by_node(grad)
             for first, process, piece in self.share.in_order:
                 sent[process, piece.at : piece.at + piece.end - first, features] = rows[first : piece.end]
-        got = torch.empty_like(sent)
         dist.all_to_all_single(got, sent, group=self.share.context.group)
         # As a lone process would: added up in fp32, rounded once.
         total = got.sum(0, dtype=torch.promote_types(got.dtype, torch.float32)).to(got.dtype)
@@ -198,6 +205,11 @@ class _Kept:
             part.reshape(-1, heads, width).transpose(0, 1)[None]
             for part, (heads, width) in zip(found, self.forms, strict=True)
         ]
+
+
+def _room(rows: int, columns: int, like: Tensor) -> Tensor:
+    """[rows, columns] without values, for a short while: of one layer, so that the heap must not grow around it."""
+    return scratch(rows, columns, like) if like.dtype == torch.float32 else like.new_empty(rows, columns)
 
 
 def _by_node(tensor: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ def remember_what_fits(
     modes: tuple[Mode, ...] = ("none", "selective")
     for mode in modes:
         remember(lm.model, mode, every, offload, written=ranks.size > 1)
+        if lm.context is not None:
+            lm.context.asks_again = mode == "none" and not offload
         needed = activation_bytes_per_token(lm, precision) * row_tokens
         said = f"{needed / 2**30:.1f} GiB for a row of {row_tokens} tokens, {room / 2**30:.1f} GiB free for it"
         if needed <= room:
@@ -52,15 +54,18 @@ def free_share(device: torch.device, ranks: Ranks) -> float:
 
 
 def activation_bytes_per_token(lm: TreeLM, precision: Precision) -> float:
-    """Bytes that the decoder keeps for the backward pass per token of a row, as the model is set now."""
+    """Bytes that the decoder keeps for the backward pass per token of a row, as the model is set now.
+
+    Of a row that is split, what this process keeps; all must ask.
+    """
     ids = np.random.default_rng(0).integers(0, next(lm.embedding.parameters()).shape[0], PROBE_TOKENS, dtype=np.int32)
     example = Example("probe", 0, ids, np.ones(PROBE_TOKENS, np.float32), 1)
     (row,) = lm.rows([example], PROBE_TOKENS)
-    tree = TreeRow.of(row, lm.device)
+    tree = TreeRow.of(row, lm.device) if lm.context is None else lm.place(row)
     training = lm.model.training
     lm.model.train()
     try:
         with torch.enable_grad(), precision.autocast(lm.device):
-            return kept_bytes(lambda: lm.enter(lambda: lm.states(tree))) / PROBE_TOKENS
+            return kept_bytes(lambda: lm.enter(lambda: lm.states(tree))) / len(tree.row)
     finally:
         lm.model.train(training)
