@@ -511,10 +511,3 @@ def test_numbers_that_do_not_divide_are_refused_before_anything_is_read(base, tm
 def test_sequences_cannot_be_split(base, tmp_path):
     with pytest.raises(ConfigError, match="attention=varlen computes whole sequences, but context_ranks 2"):
         settings_for(base, tmp_path, "run", "context_ranks=2", "attention=varlen")
-
-
-def test_the_balance_of_experts_counts_every_node_of_a_split_row_once(tmp_path):
-    moe = make_model_folder(tmp_path / "moe", MixtralConfig, num_local_experts=4)
-    also = ["router_aux_loss=0.5", "encode.max_length=64", "row_tokens=64"]
-    alone = train(settings_for(moe, tmp_path, "alone", *also))
-    assert_same_course(alone, run_on(4, settings_for(moe, tmp_path, "four", *also, "context_ranks=2")))
