@@ -1,14 +1,17 @@
 """The numbers contract: a tree computes the same loss and the same gradients as its examples one by one."""
 
+from functools import partial
+
 import pytest
 import torch
 from tiny import BY_MASKS, GROUPED, ON_TREES, ONE_PER_ROW, branching_examples, make_model
-from transformers import Phi3Config
+from transformers import Llama4TextConfig, LlamaConfig, Phi3Config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from graft.config.train import Lora
 from graft.model.adapters import add_lora
 from graft.model.attention import DENSE, SEGMENTS, RowMissing, TreeRow
+from graft.model.long_texts import LongTexts
 from graft.model.row_mask import RowMask
 from graft.model.trees import TreeLM
 from graft.tokens.tree import build_rows, total_weight
@@ -210,3 +213,37 @@ def test_examples_on_both_sides_of_longrope_are_not_in_one_row():
     found = in_rows(lm, examples, 512)
     assert found[2] == 2
     assert_equal_numbers(found, wanted)
+
+
+def test_dynamic_positions_follow_from_each_text_alone():
+    """Three texts beyond the context, the longest first: transformers would keep its frequencies for the others."""
+    examples = sorted(branching_examples(), key=lambda example: -len(example.ids))
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    make = partial(make_model, LlamaConfig(rope_parameters=rope, **GROUPED | {"max_position_embeddings": 24}))
+    assert 2 < sum(len(example.ids) > 24 for example in examples) < len(examples)
+    one = [one_by_one(make(), [example]) for example in examples]
+    share = [total_weight([example]) / total_weight(examples) for example in examples]
+    loss = sum(part * found[0] for part, found in zip(share, one, strict=True))
+    gradients = {name: sum(part * found[1][name] for part, found in zip(share, one, strict=True)) for name in one[0][1]}
+    lm = TreeLM(make())
+    assert lm.why_not is None
+    assert_equal_numbers(in_rows(lm, examples, 512), (loss, gradients))
+    assert_equal_numbers(in_rows(lm, examples, 512), (loss, gradients))
+    assert one_by_one(make(), examples)[0] != pytest.approx(loss, abs=1e-6), "the order would not have mattered"
+
+
+def test_rows_of_a_model_that_counts_tokens_are_short_enough():
+    """Llama 4 scales queries by a token's index in what it is given, anew every `floor_scale` tokens."""
+    examples = branching_examples()
+    config = Llama4TextConfig(
+        head_dim=8, num_local_experts=4, intermediate_size_mlp=48, no_rope_layers=[0, 1], attn_temperature_tuning=True,
+        floor_scale=28, attn_scale=2.0, **GROUPED,
+    )  # fmt: skip
+    assert {len(example.ids) >= 28 for example in examples} == {True, False}
+    model = make_model(config)
+    wanted = one_by_one(model, examples)
+    lm = TreeLM(model)
+    assert lm.why_not is None
+    assert_equal_numbers(in_rows(lm, examples, 512), wanted)
+    lm.long_texts = LongTexts(None, None)
+    assert in_rows(lm, examples, 512)[0] != pytest.approx(wanted[0], abs=1e-6), "no row was too long"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from graft.model.adapters import plain
 from graft.model.attention import SEGMENTS, RowMissing, TreeRow
 from graft.model.context import Context, counts_tokens, tell_longest
 from graft.model.last_layer import LastLayer
+from graft.model.long_texts import LongTexts, forget_longest
 from graft.model.lora import fuse_lora, fuse_trained_linears
 from graft.model.mlp import Lent, fuse_mlps, there
 from graft.model.norm import fuse_norms
@@ -101,6 +102,8 @@ class TreeLM:
         self.decoder: nn.Module = self.base.base_model
         self.embedding: nn.Module = self.base.get_input_embeddings()
         self.last_layer = LastLayer(self.decoder)
+        self.long_texts = LongTexts.of(self.base.config.to_dict())
+        forget_longest(self.base)
         self.row_step = row_step
         self.layer_ranks = 1
         """Neighbouring processes that compute each layer between them (model/tensor.py)."""
@@ -152,18 +155,13 @@ class TreeLM:
     def rows(self, examples: Sequence[Example], row_tokens: int) -> list[Row]:
         """The rows in which this model computes these examples.
 
-        Where positions turn otherwise once a sequence is longer than some length, longer and shorter examples are
-        never in one row: the model decides by the largest position of a forward pass.
+        Where positions are encoded otherwise in long texts (model/long_texts.py), those that would change each other's
+        are never in one row: the model decides by the largest position of a forward pass.
         """
-        longest = turning_length(self.base.config.to_dict())
-        groups: list[Sequence[Example]] = [examples]
-        if longest is not None:
-            groups = [[e for e in examples if (len(e.ids) > longest) == longer] for longer in (False, True)]
         return [
             row
-            for group in groups
-            if group
-            for row in build_rows(group, row_tokens, share=self.merges, shortest_run=SHORTEST_RUN)
+            for group, budget in self.long_texts.groups(examples, row_tokens)
+            for row in build_rows(group, budget, share=self.merges, shortest_run=SHORTEST_RUN)
         ]
 
     @property
@@ -378,18 +376,6 @@ def fuse_modules(model: nn.Module, lent: Lent = there) -> None:
     fuse_norms(model)
     fuse_mlps(model, lent)
     fuse_rotary(model)
-
-
-def turning_length(config: Mapping[str, Any]) -> int | None:
-    """Tokens from which on LongRoPE (Ding et al. 2024, arXiv:2402.13753) takes its other frequencies; else None.
-
-    Looks into a model's config and its parts; of several lengths it is the least.
-    """
-    inner = [found for value in config.values() if isinstance(value, Mapping) and (found := turning_length(value))]
-    own = config.get("original_max_position_embeddings")
-    if config.get("rope_type") == "longrope" and isinstance(own, int):
-        inner.append(own)
-    return min(inner, default=None)
 
 
 def probe_row(lm: TreeLM) -> TreeRow:
