@@ -38,17 +38,17 @@ from scaling import MATERIAL, ROOT, make_data
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from graft.config.train import Train, load_train
-from graft.model.adapters import trainable
 from graft.model.device import pick_precision, prepare_device
-from graft.model.ranks import ranks_from_environment
+from graft.model.processes.ranks import ranks_from_environment
+from graft.model.tuned.adapters import trainable
 from graft.runs import RunFolder
 from graft.tokens.deal import Prices
 from graft.tokens.split_row import BLOCKS, held_by, nodes_of, split_row
 from graft.tokens.tree import build_rows, padded, targets
 from graft.train.load import load_for_training
-from graft.train.optim import make_optimizer
 from graft.train.prepare import Prepared, prepare
 from graft.train.tuning import embeddings_of, make_stepper
+from graft.train.updates.optim import make_optimizer
 from graft.types import Example, Row
 
 CPU = torch.device("cpu")

@@ -39,8 +39,8 @@ import graft.demo.world
 from graft.config.data import Source
 from graft.config.train import Sampling
 from graft.data.load import load_sources
-from graft.model.generate import generate_batch
-from graft.model.room import Generated
+from graft.model.answers.generate import generate_batch
+from graft.model.answers.room import Generated
 from graft.model.trees import TreeLM
 from graft.tokens.load import load_renderer
 from graft.tokens.prefixes import group_prompts

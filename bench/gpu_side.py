@@ -25,17 +25,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
 
 from graft.config.train import Train, load_train
-from graft.model.adapters import add_lora, trainable
-from graft.model.attend import Shape
-from graft.model.attention import BACKENDS, TreeRow
-from graft.model.attention_pick import row_step
+from graft.model.attention.attend import Shape
+from graft.model.attention.pick import row_step
+from graft.model.attention.segments import BACKENDS, TreeRow
 from graft.model.device import pick_device, pick_precision, prepare_device
 from graft.model.trees import LogitShape
+from graft.model.tuned.adapters import add_lora, trainable
 from graft.tokens.tree import build_rows, padded, segments, sharing, total_weight
 from graft.train.computing import pick_computing, tree_model
 from graft.train.loss import linear_nll
-from graft.train.optim import make_optimizer
 from graft.train.step import Stepper
+from graft.train.updates.optim import make_optimizer
 from graft.types import Example
 
 SHAPES = {
@@ -260,7 +260,8 @@ def model_flops(case: dict[str, Any], step: int) -> float:
 
 def attention_kernel(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Forward and backward of one backend on one row, in milliseconds."""
-    from graft.model import attention_flex, attention_varlen  # registered by being loaded
+    from graft.model import attention_varlen  # registered by being loaded
+    from graft.model.attention import flex as attention_flex
 
     assert {attention_flex.FLEX, attention_varlen.VARLEN} <= BACKENDS.keys()
     examples = examples_of(case, 30000, 0)

@@ -41,10 +41,11 @@ from safetensors.torch import load_file
 from tiny import make_conversations, make_model_folder, write_rows
 
 from graft.config.train import Train, load_train
-from graft.model import load as model_load
-from graft.model import save as model_save
+from graft.model.files import load as model_load
+from graft.model.files import save as model_save
 from graft.runs import RunFolder
-from graft.train import checkpoint, loop, save, validate
+from graft.train import loop, validate
+from graft.train.saving import checkpoint, save
 from graft.train.step import Stepper
 
 PHASES = ("loading", "stepping", "saving", "evaluating")

@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from graft.config.train import Train, load_train
 from graft.model.device import pick_precision
-from graft.model.ranks import ranks_from_environment
-from graft.model.shard import local
+from graft.model.processes.ranks import ranks_from_environment
+from graft.model.processes.shard import local
 from graft.train import load as loading
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -61,7 +61,7 @@ def measure(side: str, setting: str, work: Path) -> dict[str, float]:
 
     from graft.config.train import load_train
     from graft.model.device import keep_freed_memory, memory_gib
-    from graft.model.remember import remember
+    from graft.model.memory.remember import remember
     from graft.runs import RunFolder
     from graft.train.prepare import prepare
 

@@ -36,17 +36,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from graft.config.train import Train, load_train
-from graft.model.adapters import trainable
 from graft.model.device import pick_precision, prepare_device
-from graft.model.ranks import ALONE, Ranks, ranks_from_environment
+from graft.model.processes.ranks import ALONE, Ranks, ranks_from_environment
+from graft.model.tuned.adapters import trainable
 from graft.runs import RunFolder
 from graft.tokens.tree import total_weight
 from graft.train.load import load_for_training
-from graft.train.optim import make_optimizer, set_learning_rate
 from graft.train.prepare import Prepared, prepare
-from graft.train.schedule import learning_rate
-from graft.train.share import rows_of_step
+from graft.train.processes.share import rows_of_step
 from graft.train.tuning import embeddings_of, make_stepper
+from graft.train.updates.optim import make_optimizer, set_learning_rate
+from graft.train.updates.schedule import learning_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 MATERIAL = ROOT.parent / "shared" / "material"

@@ -20,8 +20,9 @@ template strips the thinking of earlier turns, a sequence shows no more than one
 the peer gets one sample per turn.
 
 `of_product_peak` is the share of the machine's limit that graft's step reaches: floating-point operations of its matrix
-products and attention, counted as they are executed (model/count.py; one step is counted, the others by their nodes),
-over the step's time, over the best rate of torch.mm for the shapes of the model's layers, measured in the same run.
+products and attention, counted as they are executed (model/memory/count.py; one step is counted, the others by their
+nodes), over the step's time, over the best rate of torch.mm for the shapes of the model's layers, measured in the same
+run.
 """
 
 from __future__ import annotations
@@ -54,17 +55,17 @@ from transformers.models.qwen2 import modeling_qwen2
 from trl import SFTConfig, SFTTrainer
 
 from graft.config.train import load_train
-from graft.model.adapters import add_lora, trainable
-from graft.model.count import Counter
 from graft.model.device import keep_freed_memory, pick_precision
-from graft.model.load import load_base
+from graft.model.files.load import load_base
+from graft.model.memory.count import Counter
 from graft.model.trees import TreeLM
+from graft.model.tuned.adapters import add_lora, trainable
 from graft.runs import RunFolder
 from graft.tokens.tree import sharing, total_weight
-from graft.train.optim import make_optimizer, set_learning_rate
 from graft.train.prepare import Prepared, prepare
-from graft.train.schedule import learning_rate
 from graft.train.step import Stepper
+from graft.train.updates.optim import make_optimizer, set_learning_rate
+from graft.train.updates.schedule import learning_rate
 from graft.train.validate import validate
 
 ROTARY = modeling_qwen2.apply_rotary_pos_emb

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from graft.config.train import Lora
 from graft.errors import GraftError
-from graft.model.adapters import add_lora, trainable
 from graft.model.device import pick_precision
 from graft.model.trees import TreeLM
+from graft.model.tuned.adapters import add_lora, trainable
 from graft.tokens.tree import build_rows, total_weight
 from graft.train.step import Stepper
 from graft.types import Example

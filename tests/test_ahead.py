@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from tiny import ON_TREES, make_example, make_model
 
-from graft.model.ranks import ALONE, Ranks
+from graft.model.processes.ranks import ALONE, Ranks
 from graft.model.trees import TreeLM
 from graft.tokens.plan import Plan
 from graft.tokens.tree import total_weight
-from graft.train.ahead import Ahead
-from graft.train.share import rows_of_rank
+from graft.train.processes.ahead import Ahead
+from graft.train.processes.share import rows_of_rank
 
 LAST = Ranks(rank=1, size=2)
 

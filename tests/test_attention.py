@@ -8,18 +8,19 @@ from hypothesis import strategies as st
 from tiny import ON_TREES, branching_examples, make_example, make_model
 
 from graft.errors import ConfigError
-from graft.model import attention_flex, attention_varlen
-from graft.model.attend import Shape
-from graft.model.attention import DENSE, SEGMENTS, TreeRow, dense_attention, register, segment_attention
-from graft.model.attention_flex import (
+from graft.model.attention import flex as attention_flex
+from graft.model.attention import varlen as attention_varlen
+from graft.model.attention.attend import Shape
+from graft.model.attention.flex import (
     BLOCK,
     FLEX,
     blocks_of,
     flex_refuses,
     flex_tree_attention,
 )
-from graft.model.attention_pick import ROW_LENGTHS, STEP, first_that_can, pick_attention, row_step
-from graft.model.attention_varlen import sequences, varlen_attention, varlen_refuses
+from graft.model.attention.pick import ROW_LENGTHS, STEP, first_that_can, pick_attention, row_step
+from graft.model.attention.segments import DENSE, SEGMENTS, TreeRow, dense_attention, register, segment_attention
+from graft.model.attention.varlen import sequences, varlen_attention, varlen_refuses
 from graft.model.trees import TreeLM
 from graft.tokens.tree import build_rows, padded, path_starts, total_weight, visible
 from graft.train.loss import row_loss

@@ -12,11 +12,12 @@ from test_attention import CPU, assert_same, outputs, random_row
 from tiny import make_example
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from graft.model import attention, product
-from graft.model import lora as lora_layers
-from graft.model.attend import Shape
-from graft.model.attention import TreeRow, dense_attention, segment_attention
-from graft.model.attention_parts import BLOCK, Parts, block_size
+from graft.model.attention import segments as attention
+from graft.model.attention.attend import Shape
+from graft.model.attention.parts import BLOCK, Parts, block_size
+from graft.model.attention.segments import TreeRow, dense_attention, segment_attention
+from graft.model.fused import lora as lora_layers
+from graft.model.fused import product
 from graft.model.trees import TreeLM
 from graft.tokens.tree import build_rows, segments, visible
 from graft.train.loss import row_loss

@@ -12,7 +12,7 @@ from graft.config.data import Source
 from graft.config.train import Sampling
 from graft.data.load import load_sources
 from graft.errors import InputError
-from graft.model.generate import generate_batch
+from graft.model.answers.generate import generate_batch
 from graft.tokens.load import load_renderer
 from graft.types import Message
 from graft.use import chat as chat_module

@@ -11,10 +11,10 @@ from tiny import ON_TREES, branching_examples, make_conversations, make_model, m
 
 from graft.config.train import Lora, load_train
 from graft.errors import ConfigError
-from graft.model.adapters import add_lora
-from graft.model.compile import compile_layers, compiler_cache, keep_compiled, wants_compile
-from graft.model.liger import use_liger, wants_liger
+from graft.model.fused.compile import compile_layers, compiler_cache, keep_compiled, wants_compile
+from graft.model.fused.liger import use_liger, wants_liger
 from graft.model.trees import TreeLM
+from graft.model.tuned.adapters import add_lora
 from graft.tokens.tree import total_weight
 from graft.train.loop import train
 from graft.train.loss import row_loss

@@ -28,26 +28,26 @@ from together import together
 from transformers import Llama4TextConfig, LlamaConfig, MixtralConfig, Phi3Config
 
 from graft.errors import ConfigError
-from graft.model import context as context_module
-from graft.model.adapters import trainable
-from graft.model.attend import Shape
-from graft.model.attention import TreeRow, dense_attention, segment_attention
-from graft.model.attention_flex import BLOCK, FLEX, blocks_of, flex_tree_attention
-from graft.model.attention_parts import Parts
-from graft.model.attention_pieces import Pieces
-from graft.model.context import Context, Share
+from graft.model.attention.attend import Shape
+from graft.model.attention.flex import BLOCK, FLEX, blocks_of, flex_tree_attention
+from graft.model.attention.parts import Parts
+from graft.model.attention.pieces import Pieces
+from graft.model.attention.segments import TreeRow, dense_attention, segment_attention
 from graft.model.device import pick_precision
-from graft.model.ranks import Ranks, ranks_from_environment
+from graft.model.processes import context as context_module
+from graft.model.processes.context import Context, Share
+from graft.model.processes.ranks import Ranks, ranks_from_environment
 from graft.model.trees import TreeLM
+from graft.model.tuned.adapters import trainable
 from graft.runs import RunFolder
 from graft.tokens.deal import Prices
 from graft.tokens.split_row import BLOCKS, held_by, nodes_of, split_row
 from graft.tokens.tree import build_rows, padded, segments, total_weight, visible
-from graft.train.checkpointing import activation_bytes_per_token
+from graft.train.costs.checkpointing import activation_bytes_per_token
 from graft.train.loop import train
 from graft.train.loss import row_loss
+from graft.train.processes.together import refuse_with_ranks
 from graft.train.step import Stepper
-from graft.train.together import refuse_with_ranks
 from graft.types import Row
 
 FP32 = pick_precision("fp32", CPU)
@@ -166,7 +166,7 @@ ALL_SHAPES = SHAPES | {"chunk": Shape(chunk=8), "chunk and window": Shape(chunk=
 @pytest.mark.parametrize("name", ALL_SHAPES)
 @pytest.mark.parametrize("processes", [2, 4])
 def test_segments_of_a_split_row_equal_the_dense_mask(name, processes, monkeypatch):
-    monkeypatch.setattr("graft.model.attention_pieces.MOST_QUERIES", 50)  # several pieces of a run
+    monkeypatch.setattr("graft.model.attention.pieces.MOST_QUERIES", 50)  # several pieces of a run
     for row in (cut_for(long_branches(), processes), cut_for(random_row(3, examples=12), processes)):
         wanted = whole_outputs(row, ALL_SHAPES[name])
         assert_same(split_outputs(segment_attention, row, ALL_SHAPES[name], processes), wanted, 2e-6)
@@ -200,7 +200,7 @@ def test_the_blocks_of_a_share_are_those_of_the_dense_mask(seed, block, window):
 
 
 def test_attention_dropout_is_the_same_in_both_passes(monkeypatch):
-    monkeypatch.setattr("graft.model.attention_pieces.MOST_QUERIES", 7)
+    monkeypatch.setattr("graft.model.attention.pieces.MOST_QUERIES", 7)
     row = cut_for(random_row(3), 2)
     share = shares_of(row, 2)[0]
     q, k, v = (torch.randn(1, 2, len(row), 4, dtype=torch.float64).requires_grad_() for _ in range(3))

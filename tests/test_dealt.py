@@ -8,10 +8,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from graft.config.train import Train, load_train
-from graft.model.ranks import ranks_from_environment
-from graft.model.shard import everywhere, like
-from graft.train.dealt import Dealt
-from graft.train.optim import (
+from graft.model.processes.ranks import ranks_from_environment
+from graft.model.processes.shard import everywhere, like
+from graft.train.updates.dealt import Dealt
+from graft.train.updates.optim import (
     load_optimizer_state,
     make_optimizer,
     optimizer_numbers,

@@ -29,8 +29,8 @@ from graft.model.device import (
     total_bytes,
     unused_devices,
 )
-from graft.model.load import to_device
-from graft.model.machine import resident
+from graft.model.files.load import to_device
+from graft.model.memory.machine import resident
 from graft.model.probe_device import FORMATS, Tried, best_format, try_attention, try_format, try_fused_adamw, within
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from graft.cli.main import main
-from graft.model.attention import BACKENDS, DENSE, SEGMENTS, dense_attention, register
+from graft.model.attention.segments import BACKENDS, DENSE, SEGMENTS, dense_attention, register
 from graft.model.device import pick_precision
 from graft.model.probe_device import Tried
 from graft.use import doctor as doctor_module

@@ -14,7 +14,7 @@ from graft.config.data import Source
 from graft.config.train import Encode, Train
 from graft.data.load import load_sources
 from graft.errors import InputError
-from graft.model.generate import generate_batch
+from graft.model.answers.generate import generate_batch
 from graft.runs import RunFolder
 from graft.tokens.encode import encode_all
 from graft.tokens.load import load_renderer

@@ -9,11 +9,11 @@ from transformers import Llama4TextConfig, LlamaConfig, Phi3Config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from graft.config.train import Lora
-from graft.model.adapters import add_lora
-from graft.model.attention import DENSE, SEGMENTS, RowMissing, TreeRow
+from graft.model.attention.row_mask import RowMask
+from graft.model.attention.segments import DENSE, SEGMENTS, RowMissing, TreeRow
 from graft.model.long_texts import LongTexts
-from graft.model.row_mask import RowMask
 from graft.model.trees import TreeLM
+from graft.model.tuned.adapters import add_lora
 from graft.tokens.tree import build_rows, total_weight
 from graft.train.loss import row_loss
 

@@ -7,9 +7,10 @@ from transformers import GenerationConfig, LlamaConfig, Phi3Config
 
 from graft.config.train import Sampling
 from graft.errors import InputError
-from graft.model import device, flight, kept, padded, room
-from graft.model.generate import generate_batch, generate_in_batches
-from graft.model.room import Budget, Generated
+from graft.model import device
+from graft.model.answers import flight, kept, padded, room
+from graft.model.answers.generate import generate_batch, generate_in_batches
+from graft.model.answers.room import Budget, Generated
 from graft.model.trees import TreeLM
 
 STOPS = (5, 6)

@@ -21,10 +21,10 @@ from transformers import (
 
 from graft.config.train import Sampling
 from graft.errors import InputError
-from graft.model import padded, room
-from graft.model.generate import generate_batch, generate_in_batches
-from graft.model.room import Generated, context_limit
-from graft.model.stream import PromptMemory, Stream
+from graft.model.answers import padded, room
+from graft.model.answers.generate import generate_batch, generate_in_batches
+from graft.model.answers.room import Generated, context_limit
+from graft.model.answers.stream import PromptMemory, Stream
 
 VOCAB = 96
 
@@ -194,7 +194,7 @@ def test_a_sampled_answer_depends_on_seed_and_prompt_only(llama):
 
 
 def test_sampling_draws_from_the_models_distribution_after_top_k_and_top_p():
-    from graft.model.pick import _draw
+    from graft.model.answers.pick import _draw
 
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     uniform = torch.linspace(0, 0.9999, 4000)
@@ -292,7 +292,7 @@ def test_an_interrupt_inside_the_model_does_not_leave_half_a_memory(llama, monke
 
 
 def test_training_mode_and_attention_are_put_back(llama):
-    from graft.model import attention
+    from graft.model.attention import segments as attention
 
     prompts = _prompts(3)
     wanted = generate_batch(llama, prompts, (), Sampling(max_new_tokens=4))

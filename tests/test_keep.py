@@ -25,14 +25,18 @@ from tiny_runs import alone, assert_same_run, settings_for
 
 from graft.cli.train import _run_to_resume
 from graft.errors import InputError, Interrupted
-from graft.model import save as model_save
-from graft.model import tensor_file
-from graft.model.tensor_file import FORMATS, Spec, find_difference, in_file_order, write_mapping, write_tensors
+from graft.model.files import save as model_save
+from graft.model.files import tensor_file
+from graft.model.files.tensor_file import FORMATS, Spec, find_difference, in_file_order, write_mapping, write_tensors
 from graft.runs import RunFolder, newest_run, write_manifest
 from graft.train import fit as fit_module
-from graft.train import loop, rehearse, save, space
-from graft.train.background import Background
-from graft.train.checkpoint import (
+from graft.train import loop
+from graft.train.loop import Fit, train
+from graft.train.open_run import open_run
+from graft.train.prepare import prepare
+from graft.train.saving import rehearse, save, space
+from graft.train.saving.background import Background
+from graft.train.saving.checkpoint import (
     checkpoints,
     clear_up,
     find_damage,
@@ -42,9 +46,6 @@ from graft.train.checkpoint import (
     prune,
     step_of,
 )
-from graft.train.loop import Fit, train
-from graft.train.open_run import open_run
-from graft.train.prepare import prepare
 from graft.train.step import Stepper
 from graft.types import Example
 
@@ -259,7 +260,8 @@ def test_what_is_foreseen_is_what_is_kept(base, tmp_path, monkeypatch, method):
     foreseen = []
     own = space.refuse_if_run_does_not_fit
     monkeypatch.setattr(
-        "graft.train.keeper.refuse_if_run_does_not_fit", lambda run, needed: foreseen.append(needed) or own(run, needed)
+        "graft.train.saving.keeper.refuse_if_run_does_not_fit",
+        lambda run, needed: foreseen.append(needed) or own(run, needed),
     )
     run = train(settings_for(base, tmp_path, f"method={method}", "save_every=2", "keep_last=3", "epochs=4"))
     kept = len(checkpoints(run))
@@ -697,7 +699,7 @@ def test_a_small_disk_that_fills_up_is_a_message_and_the_run_goes_on(base, tmp_p
         pytest.skip("NOT TESTED: a small disk cannot be mounted here")
     options = (f"out={small / 'run'}", "save_every=1", "keep_last=50", "eval_every=50", "epochs=4")
     try:
-        monkeypatch.setattr("graft.train.keeper.refuse_if_run_does_not_fit", lambda *_: None)
+        monkeypatch.setattr("graft.train.saving.keeper.refuse_if_run_does_not_fit", lambda *_: None)
         monkeypatch.setattr(save, "refuse_if_full", lambda *_: None)
         with pytest.raises(InputError, match=r"No space left on device.*--resume"):
             train(settings_for(base, tmp_path, *options))

@@ -9,7 +9,7 @@ from test_exact import assert_equal_numbers, in_rows, one_by_one
 from tiny import ON_TREES, make_example, make_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from graft.model.attention import TreeRow
+from graft.model.attention.segments import TreeRow
 from graft.model.trees import TreeLM
 from graft.tokens.tree import build_rows
 from graft.train.loss import row_loss

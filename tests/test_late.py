@@ -17,11 +17,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from graft.config.train import Lora, Train
-from graft.model.adapters import add_lora, decoder_layers, plain
-from graft.model.late import Late, reads_weights, stored_format
-from graft.model.load import load_base
-from graft.model.peft_kinds import lora_config
-from graft.model.shard import local
+from graft.model.files.late import Late, reads_weights, stored_format
+from graft.model.files.load import load_base
+from graft.model.processes.shard import local
+from graft.model.tuned.adapters import add_lora, decoder_layers, plain
+from graft.model.tuned.kinds import lora_config
 from graft.runs import RunFolder
 from graft.train import load as loading
 from graft.train.loop import train

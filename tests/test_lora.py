@@ -11,9 +11,9 @@ from peft.tuners.lora.layer import Linear
 from tiny import ON_TREES, make_model
 from torch import nn
 
-from graft.model import lora, product
-from graft.model.adapters import add_lora
-from graft.model.lora import FusedLinear, fuse_lora, fuse_trained_linears
+from graft.model.fused import lora, product
+from graft.model.fused.lora import FusedLinear, fuse_lora, fuse_trained_linears
+from graft.model.tuned.adapters import add_lora
 
 
 def _pair(dropout: float = 0.0, dtype: torch.dtype = torch.float32, family: str = "qwen2", **more):

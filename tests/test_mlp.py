@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 from tiny import ON_TREES, make_model
 from torch import nn
 
-from graft.model import linear
-from graft.model.lora import fuse_lora
-from graft.model.mlp import fuse_mlps
+from graft.model.fused import linear
+from graft.model.fused.lora import fuse_lora
+from graft.model.fused.mlp import fuse_mlps
 
 GATED = {"llama": 2, "gemma": 2, "gemma2-window-softcap": 2, "granite-logit-scale": 2}
 

@@ -12,7 +12,7 @@ from test_exact import assert_equal_numbers, in_rows
 from tiny import branching_examples
 
 from graft.errors import InputError
-from graft.model.attention import DENSE
+from graft.model.attention.segments import DENSE
 from graft.model.trees import TreeLM
 
 DOC = (Path(__file__).resolve().parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
@@ -86,7 +86,7 @@ def test_a_changed_output_of_an_adapted_layer_is_no_view():
     """Some models add to a linear layer's output in place; the fused product must allow it."""
     from peft import LoraConfig, get_peft_model
 
-    from graft.model.lora import FusedLinear, fuse_lora
+    from graft.model.fused.lora import FusedLinear, fuse_lora
 
     tuned = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
     assert fuse_lora(tuned)

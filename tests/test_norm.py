@@ -9,7 +9,7 @@ import torch
 from tiny import ON_TREES, make_model
 from torch import nn
 
-from graft.model.norm import fuse_norms, rms_norm
+from graft.model.fused.norm import fuse_norms, rms_norm
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 8), (2, 300, 512), (1, 3, 5, 16)])

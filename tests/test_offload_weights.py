@@ -13,7 +13,7 @@ from together import together
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from graft.config.train import Train
-from graft.model import shard
+from graft.model.processes import shard
 from graft.runs import RunFolder
 
 

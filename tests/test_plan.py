@@ -21,37 +21,37 @@ from graft.cli.main import app
 from graft.cli.plan import size_in_bytes
 from graft.config.train import load_train
 from graft.errors import ConfigError, OutOfMemory
-from graft.model.adapters import add_lora, trainable
-from graft.model.attention import TreeRow
-from graft.model.count import Counter
+from graft.model.attention.segments import TreeRow
 from graft.model.device import pick_precision
-from graft.model.linear import few_pieces
-from graft.model.load import load_base
-from graft.model.lora_quantized import fuse_quantized_lora
-from graft.model.machine import measure_rates, resident
-from graft.model.remember import remember
+from graft.model.files.load import load_base
+from graft.model.fused.linear import few_pieces
+from graft.model.fused.lora_quantized import fuse_quantized_lora
+from graft.model.memory.count import Counter
+from graft.model.memory.machine import measure_rates, resident
+from graft.model.memory.remember import remember
 from graft.model.trees import TreeLM
+from graft.model.tuned.adapters import add_lora, trainable
 from graft.runs import RunFolder
 from graft.tokens.tree import build_rows
-from graft.train import foresee as foresee_module
-from graft.train.cost import count_row, count_update
-from graft.train.forecast import Forecaster
-from graft.train.hollow import NotCountable, hollow
+from graft.train.costs import foresee as foresee_module
+from graft.train.costs.cost import count_row, count_update
+from graft.train.costs.forecast import Forecaster
+from graft.train.costs.hollow import NotCountable, hollow
+from graft.train.costs.rows import look_at_rows
 from graft.train.load import load_for_training
 from graft.train.loop import Fit, train
 from graft.train.loss import row_loss
 from graft.train.open_run import open_run
-from graft.train.optim import make_optimizer
 from graft.train.prepare import prepare
-from graft.train.rows import look_at_rows
 from graft.train.step import Stepper
+from graft.train.updates.optim import make_optimizer
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def _short_measurements(monkeypatch):
-    monkeypatch.setattr("graft.train.forecast.measure_rates", partial(measure_rates, seconds=0.02))
+    monkeypatch.setattr("graft.train.costs.forecast.measure_rates", partial(measure_rates, seconds=0.02))
 
 
 FP32 = pick_precision("fp32", CPU)
@@ -431,7 +431,7 @@ def test_a_model_that_cannot_be_counted_is_trained_all_the_same(base, tmp_path, 
     def refuse(*_):
         raise NotCountable("it depends on numbers")
 
-    monkeypatch.setattr("graft.train.forecast.count_row", refuse)
+    monkeypatch.setattr("graft.train.costs.forecast.count_row", refuse)
     run = train(run_settings(base, tmp_path, "max_steps=1", "row_tokens=auto"))
     assert "not foreseen: it depends on numbers" in capsys.readouterr().err
     assert load_train(run.config).row_tokens == 4096
@@ -468,7 +468,7 @@ import torch
 from graft.config.train import load_train
 from graft.train.loop import train
 from graft.model.device import memory_gib
-from graft.model.machine import resident
+from graft.model.memory.machine import resident
 base = resident()
 train(load_train(None, sys.argv[1:]))
 print(int(memory_gib(torch.device("cpu")) * 2**30) - base)

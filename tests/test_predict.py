@@ -10,8 +10,8 @@ from graft.config.data import Source
 from graft.config.train import Sampling
 from graft.data.load import load_sources
 from graft.errors import InputError
-from graft.model import flight
-from graft.model.generate import generate_batch
+from graft.model.answers import flight
+from graft.model.answers.generate import generate_batch
 from graft.model.trees import TreeLM
 from graft.tokens.load import load_renderer
 from graft.types import Conversation, Message, Origin

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from graft.model import product
-from graft.model.product import FEWEST_ROWS, times, times_transposed
+from graft.model.fused import product
+from graft.model.fused.product import FEWEST_ROWS, times, times_transposed
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from graft.config.train import Lora, load_train
 from graft.errors import ConfigError, InputError
-from graft.model import quantize
-from graft.model.adapters import add_lora
-from graft.model.load import load_base, load_merged, load_model
-from graft.model.lora_quantized import fuse_quantized_lora
-from graft.model.quantize import KINDS, check_quantize, quantization_config, refuse_stored
+from graft.model.files import quantize
+from graft.model.files.load import load_base, load_merged, load_model
+from graft.model.files.quantize import KINDS, check_quantize, quantization_config, refuse_stored
+from graft.model.fused.lora_quantized import fuse_quantized_lora
 from graft.model.trees import TreeLM
+from graft.model.tuned.adapters import add_lora
 from graft.train.loop import train
 
 CPU = torch.device("cpu")

@@ -20,14 +20,14 @@ from transformers import AutoModelForCausalLM
 
 from graft.config.train import Train, load_train
 from graft.errors import ConfigError, InputError
-from graft.model.ranks import Ranks, ranks_from_environment
+from graft.model.processes.ranks import Ranks, ranks_from_environment
 from graft.runs import RunFolder
 from graft.tokens.deal import Prices, deal
 from graft.tokens.tree import build_rows
-from graft.train import launch
 from graft.train.loop import train
+from graft.train.processes import launch
+from graft.train.processes.together import refuse_with_ranks
 from graft.train.step import Stepper
-from graft.train.together import refuse_with_ranks
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_a_full_disk_in_the_first_process_ends_all(base, tmp_path):
 
 
 def run_with_a_full_disk(rank: int, settings: Train) -> str:
-    from graft.train import save
+    from graft.train.saving import save
 
     def full(*_args: object, **_more: object) -> None:
         raise OSError(28, "No space left on device")
@@ -186,7 +186,7 @@ def run_with_a_full_disk(rank: int, settings: Train) -> str:
 
 
 def hang_after_two_steps(rank: int, settings: Train, how: str) -> str:
-    from graft.train import watchdog
+    from graft.train.processes import watchdog
 
     watchdog.TICK, watchdog.SILENT, watchdog.LATE, watchdog.FIRST = 0.3, 4.0, 4.0, 60.0
     accumulate = Stepper.accumulate
@@ -355,7 +355,7 @@ def test_a_process_that_fails_before_all_have_met_ends_the_others(base, tmp_path
 
 
 def fail_alone(rank: int, settings: Train) -> str:
-    from graft.train import together as steps
+    from graft.train.processes import together as steps
 
     if rank == 1:
 

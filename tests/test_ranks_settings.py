@@ -21,19 +21,21 @@ from torch import nn
 from transformers import MixtralConfig
 
 from graft.config.train import Lora, Train
-from graft.model.adapters import add_lora
-from graft.model.compile import compile_layers
 from graft.model.device import Precision
-from graft.model.machine import Rates
-from graft.model.ranks import ranks_from_environment
-from graft.model.remember import Mode, note_recipes, remember
-from graft.model.shard import mesh_of, shard
+from graft.model.fused.compile import compile_layers
+from graft.model.memory.machine import Rates
+from graft.model.memory.remember import Mode, note_recipes, remember
+from graft.model.processes.ranks import ranks_from_environment
+from graft.model.processes.shard import mesh_of, shard
 from graft.model.trees import TreeLM, fuse_modules
+from graft.model.tuned.adapters import add_lora
 from graft.runs import RunFolder, read_jsonl
-from graft.train import checkpointing, computing, forecast, foresee_together, in_backward, load, loop, step
-from graft.train.checkpointing import activation_bytes_per_token
+from graft.train import computing, load, loop, step
+from graft.train.costs import checkpointing, forecast, foresee_together
+from graft.train.costs.checkpointing import activation_bytes_per_token
 from graft.train.loop import train
 from graft.train.step import Stepper
+from graft.train.updates import in_backward
 
 FP32 = Precision(torch.float32, torch.float32, torch.float32)
 CPU = torch.device("cpu")
@@ -176,7 +178,7 @@ def train_compiled(rank: int, settings: Train, backend: str) -> int:
     ],
 )
 def test_compiled_layers_of_spread_weights(base, tmp_path, setting, backend):
-    """Of two layers the first: the last one is left as it is (model/compile.py)."""
+    """Of two layers the first: the last one is left as it is (model/fused/compile.py)."""
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("NOT TESTED: no C++ compiler")
     alone, two = (settings_for(base, tmp_path, out, setting, "max_steps=3", "compile=true") for out in ("one", "two"))

@@ -22,15 +22,15 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from graft.config.train import Lora, load_train
 from graft.errors import ConfigError
-from graft.model.adapters import add_lora
-from graft.model.attention import TreeRow
+from graft.model.attention.segments import TreeRow
 from graft.model.device import Precision
-from graft.model.offload import HostStore
-from graft.model.recipes import gated, keeping_recipes, write_recipe, write_recipes
-from graft.model.remember import kept_bytes, remember
+from graft.model.memory.offload import HostStore
+from graft.model.memory.recipes import gated, keeping_recipes, write_recipe, write_recipes
+from graft.model.memory.remember import kept_bytes, remember
 from graft.model.trees import TreeLM
-from graft.train import checkpointing
-from graft.train.checkpointing import activation_bytes_per_token, remember_what_fits
+from graft.model.tuned.adapters import add_lora
+from graft.train.costs import checkpointing
+from graft.train.costs.checkpointing import activation_bytes_per_token, remember_what_fits
 from graft.train.loop import train
 from graft.train.loss import row_loss
 
@@ -273,7 +273,9 @@ def test_an_activation_that_keeps_its_output_is_made_to_keep_its_input():
 def test_offloaded_activations_come_back_as_they_were(mode, monkeypatch):
     """On the CPU the other memory is another piece of the same; the order of things is that of the GPU."""
     sent = []
-    monkeypatch.setattr("graft.model.remember.HostStore", lambda device: sent.append(HostStore(device, 1)) or sent[-1])
+    monkeypatch.setattr(
+        "graft.model.memory.remember.HostStore", lambda device: sent.append(HostStore(device, 1)) or sent[-1]
+    )
     plain, lm = (prepared("llama", "lora") for _ in range(2))
     remember(lm.model, mode, offload=True)
     assert_same_bits(gradients(lm), gradients(plain))

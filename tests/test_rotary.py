@@ -10,8 +10,8 @@ import torch
 from tiny import ON_TREES, make_model
 from transformers.models.llama import modeling_llama
 
-from graft.model import rotary
-from graft.model.rotary import fuse_rotary, rotate
+from graft.model.fused import rotary
+from graft.model.fused.rotary import fuse_rotary, rotate
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from graft.config.train import load_train
 from graft.errors import ConfigError, Interrupted
 from graft.runs import RunFolder
 from graft.train import loop
-from graft.train.checkpoint import load_state, newest_checkpoint
 from graft.train.loop import train
-from graft.train.rounding import RoundingAdamW, draws, round_by_chance
+from graft.train.saving.checkpoint import load_state, newest_checkpoint
 from graft.train.step import Stepper
+from graft.train.updates.rounding import RoundingAdamW, draws, round_by_chance
 
 CPU = torch.device("cpu")
 

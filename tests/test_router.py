@@ -11,15 +11,15 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from graft.config.train import Lora, load_train
 from graft.errors import ConfigError
-from graft.model.adapters import add_lora
 from graft.model.device import pick_precision
 from graft.model.router import RouterWatch
 from graft.model.trees import TreeLM
-from graft.model.unreached import not_plainly_linear, stacked_experts
+from graft.model.tuned.adapters import add_lora
+from graft.model.tuned.unreached import not_plainly_linear, stacked_experts
 from graft.runs import read_jsonl
 from graft.tokens.tree import build_rows, total_weight
 from graft.train.loop import train
-from graft.train.share import MyRows
+from graft.train.processes.share import MyRows
 from graft.train.step import Stepper
 
 COEFFICIENT = 0.5  # large, so that a wrong balance is a wrong gradient

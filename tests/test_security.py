@@ -28,7 +28,7 @@ from graft.data.clean.cut import cut_long
 from graft.data.reading import json_files, json_list, rows
 from graft.data.reading.read import read_rows
 from graft.errors import ConfigError, InputError
-from graft.model.load import load_base, load_model, vocabulary_size
+from graft.model.files.load import load_base, load_model, vocabulary_size
 from graft.private import hide_secrets, hide_user, secret_in
 from graft.tokens import watchdog
 from graft.tokens.load import load_renderer

@@ -13,11 +13,11 @@ from together import together
 from torch.distributed.tensor import DTensor
 
 from graft.config.train import Lora, Train
-from graft.model.adapters import add_lora
-from graft.model.load import load_base
-from graft.model.quantize import KINDS
-from graft.model.ranks import ranks_from_environment
-from graft.model.shard import everywhere, local, mesh_of, shard
+from graft.model.files.load import load_base
+from graft.model.files.quantize import KINDS
+from graft.model.processes.ranks import ranks_from_environment
+from graft.model.processes.shard import everywhere, local, mesh_of, shard
+from graft.model.tuned.adapters import add_lora
 from graft.runs import RunFolder
 from graft.train import fit
 from graft.train.loop import train

@@ -38,15 +38,15 @@ from transformers import (
 )
 
 from graft.errors import ConfigError
-from graft.model.ranks import Ranks, ranks_from_environment
-from graft.model.shard import everywhere, mesh_of, shard
-from graft.model.tensor import Split, refuse_model
-from graft.model.tensor_parts import PartOfDropout
+from graft.model.processes.ranks import Ranks, ranks_from_environment
+from graft.model.processes.shard import everywhere, mesh_of, shard
+from graft.model.processes.tensor import Split, refuse_model
+from graft.model.processes.tensor_parts import PartOfDropout
 from graft.model.trees import TreeLM, fuse_modules
 from graft.runs import RunFolder
-from graft.train.groups import refuse_groups
 from graft.train.loop import train
 from graft.train.loss import row_loss
+from graft.train.processes.groups import refuse_groups
 
 MODELS = {
     "llama": (LlamaConfig, {}),

@@ -23,14 +23,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLM
 from graft.config.train import Train, load_train
 from graft.errors import DataRefused, Diverged, InputError, Interrupted
 from graft.runs import RunFolder
-from graft.train import checkpoint as checkpoint_module
 from graft.train import fit as fit_module
 from graft.train import loop
-from graft.train import save as save_module
 from graft.train import validate as validate_module
 from graft.train.loop import train
-from graft.train.schedule import learning_rate
+from graft.train.saving import checkpoint as checkpoint_module
+from graft.train.saving import save as save_module
 from graft.train.step import RowSums, Stepper
+from graft.train.updates.schedule import learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_a_full_disk_loses_nothing(base, tmp_path, monkeypatch):
 
 def test_changed_settings_are_refused_before_the_data_is_read(base, tmp_path, monkeypatch):
     run = train(settings_for(base, tmp_path))
-    monkeypatch.setattr("graft.train.together.prepare", lambda *_: pytest.fail("the data was read"))
+    monkeypatch.setattr("graft.train.processes.together.prepare", lambda *_: pytest.fail("the data was read"))
     with pytest.raises(InputError, match=r"max_steps was None, is 99.*--init-from"):
         train(settings_for(base, tmp_path, "resume=true", "max_steps=99"))
     checkpoint = checkpoint_module.newest_checkpoint(run)

@@ -16,21 +16,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from graft.config.train import load_train
 from graft.errors import ConfigError, Diverged, InputError
-from graft.model.adapters import add_adapter, trainable
-from graft.model.attention import TreeRow
-from graft.model.load import load_model
-from graft.model.peft_kinds import REFUSED, peft_config
+from graft.model.attention.segments import TreeRow
+from graft.model.files.load import load_model
 from graft.model.trees import TreeLM
+from graft.model.tuned.adapters import add_adapter, trainable
+from graft.model.tuned.kinds import REFUSED, peft_config
 from graft.runs import RunFolder
 from graft.tokens.tree import build_rows
 from graft.train import loop
-from graft.train.checkpoint import newest_checkpoint
-from graft.train.in_backward import BackwardStepper
 from graft.train.loop import train
 from graft.train.loss import row_loss
-from graft.train.optimizers import OPTIMIZERS
-from graft.train.schedule import SCHEDULES, learning_rate
+from graft.train.saving.checkpoint import newest_checkpoint
 from graft.train.tuning import check_tuning
+from graft.train.updates.in_backward import BackwardStepper
+from graft.train.updates.optimizers import OPTIMIZERS
+from graft.train.updates.schedule import SCHEDULES, learning_rate
 
 IDS = torch.arange(3, 40)[None]
 NEW_WORDS = ("Arvenia", "Tolen")

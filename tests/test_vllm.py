@@ -11,7 +11,7 @@ from tiny import make_conversations, make_model_folder, write_rows
 from graft.cli.main import main
 from graft.config.train import Sampling
 from graft.errors import InputError
-from graft.model.room import Generated
+from graft.model.answers.room import Generated
 from graft.use import vllm as engine
 from graft.use.engine import check_engine, open_engine
 from graft.use.open import resolve

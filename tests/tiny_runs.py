@@ -10,10 +10,10 @@ from tiny import make_conversations, write_rows
 
 from graft.config.train import Train, load_train
 from graft.model.device import pick_device
-from graft.model.ranks import ALONE
+from graft.model.processes.ranks import ALONE
 from graft.runs import RunFolder
-from graft.train.together import Here
-from graft.train.watchdog import Watchdog
+from graft.train.processes.together import Here
+from graft.train.processes.watchdog import Watchdog
 
 
 def settings_for(base: Path, tmp_path: Path, *overrides: str, out: str = "run") -> Train:

@@ -75,7 +75,7 @@ def chat(
         }
     )
     with err.status("loading the model"):
-        from graft.model.load import load_model
+        from graft.model.files.load import load_model
         from graft.tokens.load import load_renderer, say_notes
         from graft.use.chat import ChatSession
         from graft.use.predict import sampling_shown

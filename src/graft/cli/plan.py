@@ -13,7 +13,7 @@ from graft.errors import ConfigError
 from graft.words import counted
 
 if TYPE_CHECKING:
-    from graft.train.forecast import Forecast, Option
+    from graft.train.costs.forecast import Forecast, Option
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -48,7 +48,7 @@ def plan(
     refuse_missing(settings)
 
     from graft.console import out
-    from graft.train.plan import plan as plan_run
+    from graft.train.costs.plan import plan as plan_run
 
     found, options, free = plan_run(settings, wanted)
     if json:
@@ -73,7 +73,7 @@ def size_in_bytes(text: str) -> int:
 
 def _show(found: Forecast, options: list[Option], free: int) -> None:
     from graft.console import note, table
-    from graft.train.foresee import duration, shown_bytes
+    from graft.train.costs.foresee import duration, shown_bytes
 
     parts = [[name, shown_bytes(size)] for name, size in found.parts.items() if size]
     table("memory of a step", ["part", "size"], [*parts, ["all", shown_bytes(found.moments["steps"])]], to_stdout=True)

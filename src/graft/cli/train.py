@@ -74,7 +74,7 @@ def train(
     if "WORLD_SIZE" not in os.environ:  # of several processes those that read it look, and tell the others
         refuse_missing(settings)
     if gpus is not None and gpus > 1:
-        from graft.train.launch import launch
+        from graft.train.processes.launch import launch
 
         raise typer.Exit(launch(gpus, settings))
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graft.errors import GraftError, first_line
-from graft.model.machine import best_time
+from graft.model.memory.machine import best_time
 
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WORST = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}

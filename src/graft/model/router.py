@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.errors import ConfigError
-from graft.model.attention import TreeRow
-from graft.model.ranks import Ranks
+from graft.model.attention.segments import TreeRow
+from graft.model.processes.ranks import Ranks
 from graft.model.trees import TreeLM, probe_row
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")

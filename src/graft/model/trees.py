@@ -20,18 +20,18 @@ from transformers import PreTrainedModel
 from transformers.models.bloom.modeling_bloom import BloomForCausalLM
 
 from graft.errors import ConfigError, InputError, said
-from graft.model import bloom
-from graft.model.adapters import plain
-from graft.model.attention import SEGMENTS, RowMissing, TreeRow
-from graft.model.context import Context, counts_tokens, tell_longest
-from graft.model.last_layer import LastLayer
+from graft.model.attention import bloom
+from graft.model.attention.row_mask import RowMask, carried_by_masks, watch_masks
+from graft.model.attention.segments import SEGMENTS, RowMissing, TreeRow
+from graft.model.fused.last_layer import LastLayer
+from graft.model.fused.lora import fuse_lora, fuse_trained_linears
+from graft.model.fused.mlp import Lent, fuse_mlps, there
+from graft.model.fused.norm import fuse_norms
+from graft.model.fused.rotary import fuse_rotary
 from graft.model.long_texts import LongTexts, forget_longest
-from graft.model.lora import fuse_lora, fuse_trained_linears
-from graft.model.mlp import Lent, fuse_mlps, there
-from graft.model.norm import fuse_norms
-from graft.model.rotary import fuse_rotary
-from graft.model.row_mask import RowMask, carried_by_masks, watch_masks
-from graft.model.shard import computed_on
+from graft.model.processes.context import Context, counts_tokens, tell_longest
+from graft.model.processes.shard import computed_on
+from graft.model.tuned.adapters import plain
 from graft.tokens.tree import SHORTEST_RUN, build_rows, padded, targets
 from graft.types import Example, Row
 
@@ -86,8 +86,9 @@ class TreeLM:
         `why_not` says, in a sentence, why the model runs one example per row; None means that it runs on trees.
         `backend_failed` says why `backend` was given up for segments; None means that it is in use.
         Without `probe` what the config says is believed: for a model without numbers, which is only counted.
-        `enter` surrounds what computes with the weights, where those must be gathered first (model/shard.py).
-        With `context` each row is computed by several processes (model/context.py), also where `trees` is false.
+        `enter` surrounds what computes with the weights, where those must be gathered first (model/processes/shard.py).
+        With `context` each row is computed by several processes (model/processes/context.py), also without
+        `trees`.
 
         Raises:
             InputError: this is no model that can be trained.
@@ -106,7 +107,7 @@ class TreeLM:
         forget_longest(self.base)
         self.row_step = row_step
         self.layer_ranks = 1
-        """Neighbouring processes that compute each layer between them (model/tensor.py)."""
+        """Neighbouring processes that compute each layer between them (model/processes/tensor.py)."""
         self.dealt: Callable[[TreeRow], TreeRow] = lambda tree: tree
         """The row with the predictors whose loss this process computes: all, unless several share a row."""
         self.recompute: Callable[[], tuple[Any, Any]] = noop_context_fn
@@ -369,7 +370,7 @@ class TreeLM:
 def fuse_modules(model: nn.Module, lent: Lent = there) -> None:
     """Give a model's modules the forwards of graft, each one operation where transformers takes several.
 
-    `lent` surrounds what computes with a module's matrices, where they are not there yet (model/late.py).
+    `lent` surrounds what computes with a module's matrices, where they are not there yet (model/files/late.py).
     """
     fuse_lora(model)
     fuse_trained_linears(model)

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 
 from graft.config.train import Train
 from graft.console import note, warn
-from graft.model.attention_pick import Attention, pick_attention, row_step
-from graft.model.compile import compile_layers, wants_compile
-from graft.model.context import Context
-from graft.model.liger import use_liger, wants_liger
-from graft.model.shard import Enter
+from graft.model.attention.pick import Attention, pick_attention, row_step
+from graft.model.fused.compile import compile_layers, wants_compile
+from graft.model.fused.liger import use_liger, wants_liger
+from graft.model.processes.context import Context
+from graft.model.processes.shard import Enter
 from graft.model.trees import TreeLM, at_once
-from graft.train.share import prices_of
+from graft.train.processes.share import prices_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,39 +21,39 @@ from torch import Tensor
 from graft.config.train import Train
 from graft.console import Advance, note, progress, warn
 from graft.errors import Diverged, GraftError, Interrupted
-from graft.model.adapters import trainable
 from graft.model.device import pick_precision, prepare_device, reset_peak_memory
-from graft.model.load import load_weights
+from graft.model.files.load import load_weights
+from graft.model.processes.shard import local
 from graft.model.router import RouterWatch
-from graft.model.shard import local
+from graft.model.tuned.adapters import trainable
 from graft.runs import RunFolder, write_atomic
-from graft.train.ahead import Ahead
-from graft.train.average import EMA, LIVE, Average, live_tensors, load_live
-from graft.train.checkpoint import State, find_damage, load_state, set_aside_after
+from graft.train.costs.rows import look_at_rows
 from graft.train.environment import describe_environment
 from graft.train.formats import trained_in
-from graft.train.keeper import WRITING, Keeper
 from graft.train.load import check_context, load_for_training, longest_example
 from graft.train.log import Log, Update, Window
 from graft.train.open_run import say_other_environment, write_settings
-from graft.train.optim import (
+from graft.train.prepare import Prepared
+from graft.train.processes.ahead import Ahead
+from graft.train.processes.share import MyRows, beside_others, rows_of_rank
+from graft.train.processes.together import Here
+from graft.train.processes.watchdog import FIRST
+from graft.train.saving.checkpoint import State, find_damage, load_state, set_aside_after
+from graft.train.saving.keeper import WRITING, Keeper
+from graft.train.saving.rehearse import piece_of, rehearse_save
+from graft.train.sentinels import Sentinels, Step
+from graft.train.signals import Stop
+from graft.train.tuning import embeddings_of, make_stepper
+from graft.train.updates.average import EMA, LIVE, Average, live_tensors, load_live
+from graft.train.updates.optim import (
     load_optimizer_state,
     make_optimizer,
     optimizer_numbers,
     optimizer_state,
     set_learning_rate,
 )
-from graft.train.prepare import Prepared
-from graft.train.rehearse import piece_of, rehearse_save
-from graft.train.rows import look_at_rows
-from graft.train.schedule import learning_rate
-from graft.train.sentinels import Sentinels, Step
-from graft.train.share import MyRows, beside_others, rows_of_rank
-from graft.train.signals import Stop
-from graft.train.together import Here
-from graft.train.tuning import embeddings_of, make_stepper
+from graft.train.updates.schedule import learning_rate
 from graft.train.validate import Stopped, validate
-from graft.train.watchdog import FIRST
 from graft.words import counted
 
 

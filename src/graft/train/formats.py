@@ -12,9 +12,9 @@ from graft.config.train import Train
 from graft.console import note
 from graft.errors import ConfigError, InputError
 from graft.model.device import Precision, pick_device, pick_precision
-from graft.model.load import layer_count, refuse_no_model
-from graft.model.peft_kinds import mutates_base, peft_config
-from graft.model.quantize import check_quantize, refuse_stored
+from graft.model.files.load import layer_count, refuse_no_model
+from graft.model.files.quantize import check_quantize, refuse_stored
+from graft.model.tuned.kinds import mutates_base, peft_config
 from graft.train.computing import pick_computing
 
 

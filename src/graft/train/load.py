@@ -17,25 +17,25 @@ from transformers import AutoTokenizer, PreTrainedModel
 from graft.config.train import Train
 from graft.console import note, warn
 from graft.errors import ConfigError, InputError
-from graft.model.adapter_start import adapter_tensors
-from graft.model.adapters import add_adapter, freeze_but
-from graft.model.context import Context
 from graft.model.device import Precision
-from graft.model.late import Late, reads_weights, saved_reads_weights
-from graft.model.load import load_adapter, load_base, to_device
-from graft.model.lora_quantized import fuse_quantized_lora
-from graft.model.peft_kinds import kind_of, mutates_base, peft_config
-from graft.model.ranks import ALONE, Ranks
-from graft.model.remember import Mode, note_recipes, remember
-from graft.model.shard import Enter, give_back, mesh_of, shard
-from graft.model.tensor import Split
+from graft.model.files.late import Late, reads_weights, saved_reads_weights
+from graft.model.files.load import load_adapter, load_base, to_device
+from graft.model.fused.lora_quantized import fuse_quantized_lora
+from graft.model.memory.remember import Mode, note_recipes, remember
+from graft.model.processes.context import Context
+from graft.model.processes.ranks import ALONE, Ranks
+from graft.model.processes.shard import Enter, give_back, mesh_of, shard
+from graft.model.processes.tensor import Split
 from graft.model.trees import TreeLM, at_once, fuse_modules
-from graft.model.unreached import stacked_experts
-from graft.model.vocabulary import begin_as_pieces, grow, token_rows
+from graft.model.tuned.adapters import add_adapter, freeze_but
+from graft.model.tuned.kinds import kind_of, mutates_base, peft_config
+from graft.model.tuned.start import adapter_tensors
+from graft.model.tuned.unreached import stacked_experts
+from graft.model.tuned.vocabulary import begin_as_pieces, grow, token_rows
 from graft.runs import RunFolder
 from graft.tokens.renderer import Renderer
-from graft.train.checkpointing import remember_what_fits
 from graft.train.computing import pick_computing, tree_model
+from graft.train.costs.checkpointing import remember_what_fits
 from graft.train.formats import refuse_offload, refuse_with_compiled
 from graft.train.prepare import Prepared
 

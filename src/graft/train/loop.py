@@ -11,19 +11,19 @@ from collections.abc import Mapping
 from graft.config.train import Train
 from graft.console import note
 from graft.errors import Interrupted
-from graft.model.ranks import Ranks, ranks_from_environment
+from graft.model.processes.ranks import Ranks, ranks_from_environment
 from graft.runs import RunFolder
+from graft.train.costs.foresee import explained_out_of_memory, foresee, is_small
+from graft.train.costs.foresee_together import choose_row_tokens
 from graft.train.fit import Fit
-from graft.train.foresee import explained_out_of_memory, foresee, is_small
-from graft.train.foresee_together import choose_row_tokens
 from graft.train.formats import refuse_base
-from graft.train.groups import refuse_groups
-from graft.train.in_backward import refuse_steps_of_several_rows
-from graft.train.preflight import recipe_of
+from graft.train.processes.groups import refuse_groups
+from graft.train.processes.preflight import recipe_of
+from graft.train.processes.together import joined, open_together, prepare_together, refuse_with_ranks, resume_together
+from graft.train.saving.space import explained_disk_errors
 from graft.train.signals import stop_requests
-from graft.train.space import explained_disk_errors
-from graft.train.together import joined, open_together, prepare_together, refuse_with_ranks, resume_together
 from graft.train.tuning import check_tuning
+from graft.train.updates.in_backward import refuse_steps_of_several_rows
 
 
 def train(settings: Train) -> RunFolder:

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from graft.model.attention import TreeRow
-from graft.model.count import HEAD, part
+from graft.model.attention.segments import TreeRow
 from graft.model.device import scratch
-from graft.model.product import times, times_transposed
+from graft.model.fused.product import times, times_transposed
+from graft.model.memory.count import HEAD, part
 from graft.model.trees import LogitShape, TreeLM, shape_logits
 
 CHUNK_ELEMENTS = 2**24

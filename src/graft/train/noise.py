@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graft.model.attention import TreeRow
+from graft.model.attention.segments import TreeRow
 from graft.types import Row
 
 

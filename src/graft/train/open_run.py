@@ -18,7 +18,7 @@ from graft.config.train import Train, load_train
 from graft.console import note, warn
 from graft.errors import InputError
 from graft.runs import RunFolder, locked, make_writable, new_run_folder, newest_run, run_name, write_atomic
-from graft.train.checkpoint import (
+from graft.train.saving.checkpoint import (
     clear_up,
     newest_checkpoint,
     read_state,

@@ -15,7 +15,7 @@ from graft.data.load import Loaded, load_sources, refuse_if_too_many, write_reje
 from graft.data.splitting.split import Parts, split
 from graft.data.write import write_conversations
 from graft.errors import InputError
-from graft.model.load import vocabulary_size
+from graft.model.files.load import vocabulary_size
 from graft.runs import RunFolder, weights_fingerprint
 from graft.tokens.encode import NOT_THINKING, THINKING
 from graft.tokens.load import load_renderer, say_notes
@@ -23,7 +23,7 @@ from graft.tokens.plan import Plan
 from graft.tokens.renderer import Renderer
 from graft.tokens.spelling import UNSPELLED
 from graft.tokens.store import ExampleStore, encode_stored
-from graft.train.checkpoint import decisive
+from graft.train.saving.checkpoint import decisive
 from graft.types import Conversation
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from graft.console import warn
 from graft.errors import Diverged
-from graft.model.shard import local
+from graft.model.processes.shard import local
 
 IN_A_ROW = 3
 """So many steps with a loss or a gradient of exactly zero end the run. One may happen by underflow."""

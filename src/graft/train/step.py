@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from graft.errors import Diverged
-from graft.model.attention import TreeRow
+from graft.model.attention.segments import TreeRow
 from graft.model.device import Precision
-from graft.model.ranks import ALONE, Ranks
+from graft.model.processes.ranks import ALONE, Ranks
+from graft.model.processes.shard import everywhere, local, sum_gradients
 from graft.model.router import Routed, RouterWatch, share_of_aux
-from graft.model.shard import everywhere, local, sum_gradients
 from graft.model.trees import TreeLM
 from graft.train.loss import PLAIN, Objective, Summed, row_loss
 from graft.train.noise import noisy_embedding
+from graft.train.processes.share import MyRows
 from graft.train.sentinels import Sentinels
-from graft.train.share import MyRows
 from graft.types import Row
 
 FEW = 0.02

@@ -12,13 +12,13 @@ from torch import nn
 from graft.config.train import Train
 from graft.errors import ConfigError, first_line
 from graft.model.device import Precision
-from graft.model.peft_kinds import kind_of, peft_config
-from graft.model.ranks import ALONE, Ranks
+from graft.model.processes.ranks import ALONE, Ranks
 from graft.model.trees import TreeLM
-from graft.train.in_backward import BackwardStepper
+from graft.model.tuned.kinds import kind_of, peft_config
 from graft.train.loss import Objective
-from graft.train.optimizers import Together, check_optimizer
 from graft.train.step import Stepper
+from graft.train.updates.in_backward import BackwardStepper
+from graft.train.updates.optimizers import Together, check_optimizer
 
 
 def check_tuning(settings: Train) -> None:

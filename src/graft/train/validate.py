@@ -11,11 +11,11 @@ import torch
 
 from graft.console import track
 from graft.model.device import Precision
-from graft.model.ranks import ALONE, Ranks
+from graft.model.processes.ranks import ALONE, Ranks
 from graft.model.trees import TreeLM
 from graft.tokens.tree import total_weight
 from graft.train.loss import row_loss
-from graft.train.share import rows_of_step
+from graft.train.processes.share import rows_of_step
 from graft.types import Example
 
 

@@ -14,8 +14,8 @@ from graft.config.base import did_you_mean
 from graft.config.train import Sampling
 from graft.data.write import as_row
 from graft.errors import GraftError, InputError
-from graft.model.room import Model
-from graft.model.stream import PromptMemory, Stream
+from graft.model.answers.room import Model
+from graft.model.answers.stream import PromptMemory, Stream
 from graft.runs import append_jsonl
 from graft.tokens.renderer import Renderer
 from graft.types import Conversation, Message, Origin

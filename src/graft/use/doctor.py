@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 from graft.errors import ConfigError, first_line
-from graft.model.attention_pick import pick_attention
-from graft.model.compile import wants_compile
+from graft.model.attention.pick import pick_attention
 from graft.model.device import (
     device_name,
     free_bytes,
@@ -31,6 +30,8 @@ from graft.model.device import (
     total_bytes,
     unused_devices,
 )
+from graft.model.files.quantize import KINDS, check_quantize, error_of_a_product
+from graft.model.fused.compile import wants_compile
 from graft.model.probe_device import (
     FORMATS,
     PRODUCT,
@@ -43,7 +44,6 @@ from graft.model.probe_device import (
     try_fused_adamw,
     within,
 )
-from graft.model.quantize import KINDS, check_quantize, error_of_a_product
 from graft.private import HIDDEN, hide_user, is_secret_name
 from graft.use.parity import reference, try_backend, try_training
 from graft.version import __version__

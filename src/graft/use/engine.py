@@ -11,7 +11,7 @@ from graft.console import note
 from graft.errors import InputError
 
 if TYPE_CHECKING:
-    from graft.model.room import Generated, Model
+    from graft.model.answers.room import Generated, Model
     from graft.model.trees import TreeLM
     from graft.use.open import Target
 
@@ -40,14 +40,14 @@ class LoadedEngine:
             note(f"answers come from padded batches that share nothing: {model.why_not}")
 
     def new_tokens_allowed(self, prompt_len: int, wanted: int) -> int:
-        from graft.model.room import new_tokens_allowed
+        from graft.model.answers.room import new_tokens_allowed
 
         return new_tokens_allowed(self._plain, prompt_len, wanted)
 
     def answers(
         self, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], sampling: Sampling
     ) -> Iterator[list[tuple[int, Generated]]]:
-        from graft.model.generate import generate_in_batches
+        from graft.model.answers.generate import generate_in_batches
 
         return generate_in_batches(self._model, prompts, stop_ids, sampling)
 
@@ -62,7 +62,7 @@ def open_engine(name: EngineName, target: Target, device: str, precision: str, t
         from graft.use.vllm import VllmEngine
 
         return VllmEngine.open(target, device, precision, trust_remote_code)
-    from graft.model.load import load_model
+    from graft.model.files.load import load_model
     from graft.model.trees import TreeLM
 
     loaded = load_model(target.folder, device, precision, trust_remote_code, target.base, target.quantize)

@@ -34,8 +34,8 @@ from graft.use.result import Column, Evaluation
 from graft.words import counted
 
 if TYPE_CHECKING:
-    from graft.model.load import LoadedModel
-    from graft.model.room import Model
+    from graft.model.answers.room import Model
+    from graft.model.files.load import LoadedModel
     from graft.model.trees import TreeLM
 
 MOST_NEW_TOKENS = 2048
@@ -203,7 +203,7 @@ def _models(target: Target, base: Target | None, options: Options) -> Iterator[t
 
 
 def _open(target: Target, options: Options) -> _Opened:
-    from graft.model.load import load_model
+    from graft.model.files.load import load_model
     from graft.model.trees import TreeLM
 
     loaded = load_model(

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from graft.model.adapters import trainable
-from graft.model.attention import DENSE, SEGMENTS
+from graft.model.attention.segments import DENSE, SEGMENTS
 from graft.model.device import Precision, pick_precision
-from graft.model.load import to_device
+from graft.model.files.load import to_device
 from graft.model.probe_device import FORMATS, Tried, attempt, within
 from graft.model.trees import TreeLM
+from graft.model.tuned.adapters import trainable
 from graft.tokens.tree import total_weight
 from graft.train.step import Stepper
 from graft.types import Example

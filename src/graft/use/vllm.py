@@ -18,7 +18,7 @@ from graft.errors import InputError, first_line
 from graft.use.open import Target
 
 if TYPE_CHECKING:
-    from graft.model.room import Generated
+    from graft.model.answers.room import Generated
 
 AT_ONCE = 1024
 """Prompts handed over in one call: after each call the answers are on disk."""
@@ -88,7 +88,7 @@ class VllmEngine:
         self, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], sampling: Sampling
     ) -> Iterator[list[tuple[int, Generated]]]:
         """(index of the prompt, answer); vLLM itself batches, and shares common prefixes."""
-        from graft.model.room import Generated
+        from graft.model.answers.room import Generated
 
         stops = frozenset(stop_ids)
         for start in range(0, len(prompts), AT_ONCE):
