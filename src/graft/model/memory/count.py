@@ -89,6 +89,12 @@ class Counter(TorchDispatchMode):
             self._storages[storage._cdata] = weakref.ref(storage)
         return self
 
+    def restart_peak(self) -> Tally[str]:
+        """The worst moment so far; from here on only later ones count."""
+        before, self.counted.peak = self.counted.peak, self.counted.alive.copy()
+        self._most = self._alive
+        return before
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation, then look at what came out of it."""
         if func is aten._local_scalar_dense.default and self.scalar is not None:

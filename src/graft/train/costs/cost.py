@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from graft.config.train import Train
 from graft.model.fused.linear import few_pieces
@@ -67,6 +69,9 @@ class _Run:
     kept: Tally[str]
     """Bytes alive after the forward pass."""
     peak: Tally[str]
+    """At the worst moment while layers keep something."""
+    after: Tally[str]
+    """At the worst moment after that, while a trained embedding gets its gradient."""
     forward: dict[str, Work]
     backward: dict[str, Work]
 
@@ -81,7 +86,7 @@ def count_row(model: Hollow, row: Row, objective: Objective = PLAIN) -> RowCost:
     """
     with _countable(model), model.with_layers():
         last = _run(model, row, objective)
-    peak, kept = Tally(last.peak), Tally[str]()
+    peak, after, kept = Tally(last.peak), Tally(last.after), Tally[str]()
     works = [dict(last.forward), dict(last.backward)]
     for index, count in model.kinds.items():
         with _countable(model), model.with_layers(index):
@@ -97,7 +102,7 @@ def count_row(model: Hollow, row: Row, objective: Objective = PLAIN) -> RowCost:
             for name, work in ours.items():
                 total[name] = total.get(name, Work()).plus(work.plus(its.get(name, Work()), -1), count)
     peak.update(kept)
-    return RowCost(size_of(row), dict(peak), *works)
+    return RowCost(size_of(row), dict(peak if peak.total() > after.total() else after), *works)
 
 
 def _run(model: Hollow, row: Row, objective: Objective) -> _Run:
@@ -110,7 +115,8 @@ def _run(model: Hollow, row: Row, objective: Objective) -> _Run:
             parameter.grad = torch.empty_like(parameter)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         counter.ignore(*lm.model.parameters(), *lm.model.buffers(), *gradients)
-        with counter:
+        before: list[Tally[str]] = []
+        with counter, _below_layers(lm.embedding, lambda: before.append(counter.restart_peak())):
             with model.precision.autocast(model.device):
                 loss = row_loss(lm, tree, objective).loss
             if lm.on_trees and not tree.calls:
@@ -121,7 +127,23 @@ def _run(model: Hollow, row: Row, objective: Objective) -> _Run:
                 loss.backward()
     for parameter in parameters:
         parameter.grad = None
-    return _Run(kept, counter.counted.peak, forward, counter.counted.work)
+    peak, after = (before[0], counter.counted.peak) if before else (counter.counted.peak, Tally[str]())
+    return _Run(kept, peak, after, forward, counter.counted.work)
+
+
+@contextmanager
+def _below_layers(embedding: nn.Module, reached: Callable[[], None]) -> Iterator[None]:
+    """Say when the backward pass has left the layers, and what they kept is gone; never where it ends before."""
+
+    def watch(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda _grad: reached())
+
+    handle = embedding.register_forward_hook(watch)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def count_update(model: Hollow, settings: Train) -> UpdateCost:
