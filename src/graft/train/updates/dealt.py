@@ -159,7 +159,7 @@ class Dealt(torch.optim.Optimizer):
     def to_first(self, entries: Any) -> list[Any]:
         """Something of each process, in the first one; the others get nothing. All must ask."""
         found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(entries, found)
+        dist.gather_object(entries, found)  # by pickle, which processes of one run speak among themselves
         return found or []
 
 
