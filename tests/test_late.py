@@ -143,7 +143,17 @@ def run_and_watch(rank: int, settings: Train) -> tuple[bool, float]:
     return any(model is not None for model in took), max(most)
 
 
-@pytest.mark.parametrize("changes", [["method=lora"], ["method=full"], ["method=freeze", "freeze.layers=1"]])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["method=lora"],
+        ["method=full"],
+        ["method=freeze", "freeze.layers=1"],
+        ["method=lora", "tensor_ranks=2"],
+        ["method=full", "tensor_ranks=2"],
+    ],
+    ids=" ".join,
+)
 def test_a_run_whose_weights_come_late_is_the_run_whose_weights_are_there(in_16_bits, in_32_bits, tmp_path, changes):
     changes = [*changes, "precision=fp32", "max_steps=4"]
     runs = []
@@ -156,7 +166,8 @@ def test_a_run_whose_weights_come_late_is_the_run_whose_weights_are_there(in_16_
         runs.append(RunFolder(Path(str(settings.out))))
     np.testing.assert_array_equal(numbers(runs[0]), numbers(runs[1]))
     if changes[0] == "method=lora":
-        assert_same_course(train(settings_for(in_16_bits, tmp_path, "alone", *changes)), runs[0])
+        alone = train(settings_for(in_16_bits, tmp_path, "alone", *[text for text in changes if "tensor" not in text]))
+        np.testing.assert_allclose(numbers(runs[0]), numbers(alone), rtol=1e-6)
 
 
 @pytest.mark.parametrize("change", ["lora.init_lora_weights=pissa", "lora.use_dora=true"])
