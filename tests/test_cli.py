@@ -281,6 +281,7 @@ def test_a_stop_by_the_system_leaves_no_half_file(tmp_path):
     ("words", "said"),
     [
         (["--model", "NOWHERE/model", "--data", "DATA"], "NOWHERE/model: no such folder"),
+        (["--model", "DATA", "--data", "DATA"], "data.jsonl: a file, not a model's folder"),
         (["--model", "MODEL", "--data", "NOWHERE.jsonl"], "NOWHERE.jsonl: no such file"),
         (["--model", "MODEL", "--data", "DATA", "--val", "NOWHERE.csv"], "NOWHERE.csv: no such file"),
         (["--model", "MODEL", "--data", "DATA", "encode.template=chatmal"], "did you mean"),

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tiny import ON_TREES, ONE_PER_ROW, VOCABULARY, make_model
-from transformers import GenerationConfig, LlamaConfig, Phi3Config
+from tiny import GROUPED, ON_TREES, ONE_PER_ROW, VOCABULARY, make_model
+from transformers import GenerationConfig, Llama4TextConfig, LlamaConfig, Phi3Config
 
 from graft.config.train import Sampling
 from graft.errors import InputError
@@ -11,6 +11,7 @@ from graft.model import device
 from graft.model.answers import flight, kept, padded, room
 from graft.model.answers.generate import generate_batch, generate_in_batches
 from graft.model.answers.room import Budget, Generated
+from graft.model.answers.stream import Stream
 from graft.model.trees import TreeLM
 
 STOPS = (5, 6)
@@ -226,6 +227,37 @@ def test_positions_that_change_with_the_longest_text_are_computed_alone():
     assert answers == [generate_batch(model, [prompt], STOPS, sampling)[0] for prompt in prompts]
     assert any(len(prompt) + 10 > 48 for prompt in prompts)
     assert any(len(prompt) + 10 <= 48 for prompt in prompts)
+    crossing = [prompt for prompt in prompts if len(prompt) <= 48 < len(prompt) + 10]
+    assert crossing, "no answer grows into a long text"
+    for prompt, answer in zip(prompts, answers, strict=True):
+        wanted = _without_a_cache(model, prompt, 10)
+        assert list(answer.ids) == wanted
+        assert list(Stream(model, prompt, STOPS, sampling)) == wanted
+
+
+def _without_a_cache(model, prompt: list[int], most: int) -> list[int]:
+    """Greedy, by the model's own forward of the whole text for every token."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + most:
+        with torch.no_grad():
+            token = int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if token in STOPS:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+def test_a_model_that_counts_padding_answers_long_texts_alone():
+    """Llama 4 scales queries by a token's index in what it is given, anew every `floor_scale` tokens."""
+    config = Llama4TextConfig(
+        head_dim=8, num_local_experts=4, intermediate_size_mlp=48, no_rope_layers=[1, 0], attn_temperature_tuning=True,
+        floor_scale=16, attn_scale=3.0, **GROUPED,
+    )  # fmt: skip
+    model = make_model(config)
+    prompts = [prompt[:length] for prompt, length in zip(_prompts(20), (9, 18, 28, 13, 3, 30), strict=False)]
+    assert room.same_positions_up_to(model) == 15
+    answers = generate_batch(model, prompts, STOPS, Sampling(max_new_tokens=10))
+    assert [list(answer.ids) for answer in answers] == [_without_a_cache(model, prompt, 10) for prompt in prompts]
 
 
 def _with_longrope(config: Phi3Config) -> Phi3Config:

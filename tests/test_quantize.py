@@ -21,7 +21,7 @@ from graft.model.files.load import load_base, load_merged, load_model
 from graft.model.files.quantize import KINDS, check_quantize, quantization_config, refuse_stored
 from graft.model.fused.lora_quantized import fuse_quantized_lora
 from graft.model.trees import TreeLM
-from graft.model.tuned.adapters import add_lora
+from graft.model.tuned.adapters import add_lora, count_weights
 from graft.train.loop import train
 
 CPU = torch.device("cpu")
@@ -93,6 +93,12 @@ def test_a_fused_layer_over_a_quantised_one_is_pefts(folder, kind, dropout):
     assert len(gradients) == 28
     for name, gradient in gradients.items():
         assert relative(ours[name], gradient) < (1e-3 if kind == "int8" else 1e-5), name
+
+
+@pytest.mark.parametrize("kind", HERE)
+def test_packed_weights_are_counted_as_what_they_stand_for(folder, kind):
+    plain, packed = (load_base(str(folder), torch.float32, quantize=kind) for kind in ("none", kind))
+    assert count_weights(packed) == count_weights(plain) == sum(p.numel() for p in plain.parameters())
 
 
 def test_other_kinds_of_lora_keep_pefts_forward(folder):

@@ -11,8 +11,8 @@ import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
 from peft.config import PromptLearningConfig
 from safetensors.torch import load_file
-from tiny import GROUPED, ON_TREES, branching_examples, make_model, make_tokenizer, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from tiny import GROUPED, ON_TREES, branching_examples, make_model, make_model_folder, make_tokenizer, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, LlamaConfig
 
 from graft.config.train import load_train
 from graft.errors import ConfigError, Diverged, InputError
@@ -329,6 +329,10 @@ def test_a_value_that_peft_cannot_use_is_not_laid_to_the_target_modules(base, tm
         (("lr_patterns={nothing: 1e-4}",), "'nothing' is in no trained parameter's name"),
         (("method=freeze", "freeze.patterns=[nothing]"), r"model.layers.0..1.\*"),
         (("method=freeze", "new_tokens=[Arvenia]"), "leaves the embeddings as they are"),
+        (
+            ("new_tokens=[Arvenia]", "lora.modules_to_save=[lm_head]"),
+            "new_tokens trains its own rows of embed_tokens and",
+        ),
         (("new_tokens=[a]",), r"is one token already \(id \d+\)"),
         (("method=full", "optimizer_in_backward=true", "clip=null", "row_tokens=64"), r"row_tokens=\d+ or a smaller"),
         (("lora.init_lora_weights=eva", "lora.r=30", "lora.init_examples=1"), "lower lora.r"),
@@ -337,6 +341,13 @@ def test_a_value_that_peft_cannot_use_is_not_laid_to_the_target_modules(base, tm
 def test_what_does_not_fit_the_model_or_the_data_is_said(base, tmp_path, overrides, said):
     with pytest.raises(ConfigError, match=said):
         train(_settings(base, tmp_path, *overrides))
+
+
+def test_updates_in_the_backward_pass_go_by_the_rows_of_the_model(tmp_path):
+    """GPT-J is computed one example per row, which no setting tells."""
+    base = make_model_folder(tmp_path / "base", GPTJConfig, n_embd=32, n_layer=2, n_head=4, rotary_dim=8)
+    with pytest.raises(ConfigError, match=r"step 1 of \d+ makes \d+ rows of .* set batch_size=1"):
+        train(_settings(base, tmp_path, "method=full", "optimizer_in_backward=true", "clip=null", "row_tokens=4096"))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -81,8 +81,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
+        other = "" if path.suffix in (".yaml", ".yml") else f"; if it is data, --data {path} takes it"
         raise ConfigError(
-            f"recipe {path}{where}: not valid YAML ({getattr(error, 'problem', None) or first_line(error)})"
+            f"recipe {path}{where}: not valid YAML ({getattr(error, 'problem', None) or first_line(error)}){other}"
         ) from None
     except (ValueError, RecursionError) as error:  # an impossible date, brackets without end
         raise ConfigError(f"recipe {path}: a value cannot be read ({first_line(error)}); put it in quotes") from None

@@ -28,6 +28,11 @@ class LongTexts:
         """As a model's config and its parts say it; of several lengths it is the least."""
         return cls(min(_turning(config), default=None), min(_lone(config), default=None))
 
+    @property
+    def differ(self) -> bool:
+        """Whether long texts are treated in any way of their own."""
+        return self.turn is not None or self.alone is not None
+
     def groups(self, examples: Sequence[Example], row_tokens: int) -> Iterator[tuple[list[Example], int]]:
         """Examples that may be in one row with each other, and how many nodes their rows may have."""
         for longer in (False, True):

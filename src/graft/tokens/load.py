@@ -149,7 +149,8 @@ def find_folder(model_path: str) -> Path | None:
     if not local and (
         folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_path) or model_path.startswith(".")
     ):
-        raise InputError(f"{model_path}: no such folder; give a model folder, a tokenizer folder or a Hugging Face id")
+        what = "a file, not a model's folder" if folder.is_file() else "no such folder"
+        raise InputError(f"{model_path}: {what}; give a model folder, a tokenizer folder or a Hugging Face id")
     if local and (folder / "config.yaml").is_file() and (folder / "final").is_dir():
         raise InputError(f"{model_path}: a run folder, not a model; give {folder / 'final'}")
     if local and not any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern)):

@@ -25,7 +25,7 @@ from graft.model.device import pick_precision, prepare_device, reset_peak_memory
 from graft.model.files.load import load_weights
 from graft.model.processes.shard import local
 from graft.model.router import RouterWatch
-from graft.model.tuned.adapters import trainable
+from graft.model.tuned.adapters import count_weights, trainable
 from graft.runs import RunFolder, write_atomic
 from graft.train.costs.rows import look_at_rows
 from graft.train.environment import describe_environment
@@ -45,6 +45,7 @@ from graft.train.sentinels import Sentinels, Step
 from graft.train.signals import Stop
 from graft.train.tuning import embeddings_of, make_stepper
 from graft.train.updates.average import EMA, LIVE, Average, live_tensors, load_live
+from graft.train.updates.in_backward import refuse_steps_of_several_rows
 from graft.train.updates.optim import (
     load_optimizer_state,
     make_optimizer,
@@ -74,6 +75,9 @@ class Fit:
         ready = load_for_training(settings, self.precision, here.device, checkpoint, prepared, here.ranks)
         self.lm, self.final_dtype, self.start = ready.lm, ready.final_dtype, ready.start
         check_context(self.lm, settings.model, longest_example(prepared))
+        if settings.optimizer_in_backward:  # again, by the rows of this very model
+            merge = self.lm.merges and not self.lm.long_texts.differ
+            refuse_steps_of_several_rows(prepared.plan, prepared.train, settings.row_budget, self.lm.rows, merge)
         self.parameters = trainable(self.lm.model)
         self.optimizer = make_optimizer(self.parameters, embeddings_of(self.lm, settings), settings)
         self.stepper = make_stepper(self.lm, self.parameters, self.optimizer, self.precision, settings, here.ranks)
@@ -372,7 +376,7 @@ class Fit:
 
     def _say_what_is_trained(self) -> None:
         trained = sum(p.numel() for p in self.parameters.values())
-        total = sum(p.numel() for p in self.lm.model.parameters())
+        total = count_weights(self.lm.model)
         why_not = self.lm.why_not or "trees are switched off"
         how = "on token trees" if self.lm.merges else f"one example per row, since {why_not}"
         note(

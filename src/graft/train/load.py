@@ -238,9 +238,21 @@ def _has_tokens(folder: Path, renderer: Renderer) -> bool:
 
 
 def with_new_tokens(config: PeftConfig, base: PreTrainedModel, ids: Sequence[int]) -> PeftConfig:
-    """The adapter also trains the new tokens' own rows, beside what the settings name."""
+    """The adapter also trains the new tokens' own rows, beside what the settings name.
+
+    Raises:
+        ConfigError: the settings let it train all rows.
+    """
     if ids and isinstance(config, LoraConfig):
         rows = token_rows(base, ids)
+        whole = {name.rsplit(".", 1)[-1] for name in config.modules_to_save or ()}
+        where = (base.get_input_embeddings(), base.get_output_embeddings())  # tokens go in, and come out
+        ends = {name.rsplit(".", 1)[-1] for name, part in base.named_modules() if part in where}
+        if whole & ends:
+            raise ConfigError(
+                f"new_tokens trains its own rows of {' and '.join(sorted(ends))}, lora.modules_to_save all of "
+                f"{' and '.join(sorted(whole & ends))}; leave one of the two out"
+            )
         named = config.trainable_token_indices or {}
         also = named if isinstance(named, dict) else {next(iter(rows)): named}
         config.trainable_token_indices = {

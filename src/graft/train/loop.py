@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from functools import partial
 
 from graft.config.train import Train
 from graft.console import note
 from graft.errors import Interrupted
 from graft.model.processes.ranks import Ranks, ranks_from_environment
+from graft.model.processes.shard import refuse_holders
 from graft.runs import RunFolder
+from graft.tokens.tree import SHORTEST_RUN, build_rows
 from graft.train.costs.foresee import explained_out_of_memory, foresee, is_small
 from graft.train.costs.foresee_together import choose_row_tokens
 from graft.train.fit import Fit
 from graft.train.formats import refuse_base
+from graft.train.load import holders_for
 from graft.train.processes.groups import refuse_groups
 from graft.train.processes.preflight import recipe_of
 from graft.train.processes.together import joined, open_together, prepare_together, refuse_with_ranks, resume_together
@@ -42,6 +46,8 @@ def _train(settings: Train, ranks: Ranks) -> RunFolder:
     refuse_base(settings)
     refuse_with_ranks(settings, ranks)
     refuse_groups(settings, ranks)
+    if ranks.size > 1:
+        refuse_holders(ranks, holders_for(settings, ranks), settings.tensor_ranks)
     recipe = recipe_of(settings)
     with contextlib.ExitStack() as held:
         settings, run = open_together(settings, ranks, held)
@@ -57,7 +63,9 @@ def _train_in(run: RunFolder, settings: Train, ranks: Ranks, recipe: Mapping[str
                 note(f"{run.root} is finished already, and what it was made of has not changed; nothing is computed")
                 return run
             if settings.optimizer_in_backward:
-                refuse_steps_of_several_rows(prepared.plan, prepared.train, settings.row_budget, settings.trees)
+                rows_of = partial(build_rows, share=settings.trees, shortest_run=SHORTEST_RUN)  # of most models
+                budget = settings.row_budget
+                refuse_steps_of_several_rows(prepared.plan, prepared.train, budget, rows_of, settings.trees)
             settings = foresee(settings, prepared) if ranks.size == 1 else choose_row_tokens(settings, prepared, ranks)
             with (
                 explained_out_of_memory(settings, prepared),

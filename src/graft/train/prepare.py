@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections import Counter as Tally
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,7 +26,11 @@ from graft.tokens.renderer import Renderer
 from graft.tokens.spelling import UNSPELLED
 from graft.tokens.store import ExampleStore, encode_stored
 from graft.train.saving.checkpoint import decisive
-from graft.types import Conversation
+from graft.types import Conversation, Reject
+from graft.words import counted
+
+FEW = 10
+"""Conversations held out for validation under which the run says that they are few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +95,12 @@ def prepare(settings: Train, run: RunFolder) -> Prepared:
         "test": len(held_out.test),
     }
     note(", ".join(f"{count} {name}" for name, count in counts.items()))
+    _say_rejects(rejects, run)
+    if 0 < len(validation) < FEW and not settings.val:
+        note(
+            f"{counted(len(validation), 'conversation')} held out for validation: its loss, and which checkpoint is "
+            "best, rest on little; give val=FILE or a larger split.val"
+        )
     return Prepared(
         renderer,
         train,
@@ -98,6 +110,14 @@ def prepare(settings: Train, run: RunFolder) -> Prepared:
         counts,
         _thinking(train),
     )
+
+
+def _say_rejects(rejects: Sequence[Reject], run: RunFolder) -> None:
+    if rejects:
+        # The reasons name numbers and values behind their first words.
+        first, count = Tally(re.split(r"[:\d]", reject.reason)[0] for reject in rejects).most_common(1)[0]
+        example = next(reject.reason for reject in rejects if reject.reason.startswith(first))
+        note(f"rejected, {count} of {len(rejects)}: {example}; all of them in {run.rejects}")
 
 
 def renderer_of(settings: Train) -> Renderer:

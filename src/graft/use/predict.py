@@ -277,6 +277,8 @@ def settings_path(out: Path) -> Path:
 def _begin(out: Path, settings: Mapping[str, Any], overwrite: bool) -> dict[str, dict[str, Any]]:
     """Rows that are there already, by id, after checking that they belong to the same settings."""
     beside = settings_path(out)
+    if out.is_dir():
+        raise InputError(f"{out}: a folder; give --out the name of a file in it")
     if overwrite or not out.exists():
         try:
             out.parent.mkdir(parents=True, exist_ok=True)

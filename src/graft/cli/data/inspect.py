@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graft.cli.options import TrustRemoteCode
-from graft.words import counted
+from graft.words import counted, one_or_many
 
 if TYPE_CHECKING:
     from graft.config.train import Encode, Train
@@ -180,7 +180,8 @@ def _say_what_was_read(chosen: _Chosen, notes: Counter[str]) -> None:
             )
         )
     if chosen.limit and tally.kept == chosen.limit:
-        console.note(f"the first {tally.read} rows were read; --limit 0 shows all")
+        rows, were = counted(tally.read, "row"), one_or_many(tally.read, "was", "were")
+        console.note(f"only the first {rows} {were} read; --limit 0 shows all")
 
 
 def _why(reject: Reject) -> str:

@@ -20,7 +20,15 @@ from graft.console import warn_once
 from graft.errors import InputError
 from graft.model.answers.forward import Forward, inference, new_cache
 from graft.model.answers.pick import Picker, seeded
-from graft.model.answers.room import Budget, Generated, Model, context_limit, new_tokens_allowed, same_positions_up_to
+from graft.model.answers.room import (
+    Budget,
+    Generated,
+    Model,
+    context_limit,
+    new_tokens_allowed,
+    same_positions_up_to,
+    turns_at,
+)
 from graft.model.device import out_of_memory
 from graft.model.tuned.adapters import plain
 
@@ -69,7 +77,7 @@ def _by_steps(
     picker = Picker(sampling, prompts, max(room), device)
     forward, cache = Forward(model), new_cache(model)
     padded, stops = not bool(mask.all()), frozenset(stop_ids)
-    last_position = (context_limit(model) or 2**31) - 1
+    last_position, turn = (context_limit(model) or 2**31) - 1, turns_at(model)
     answers: list[list[int]] = [[] for _ in prompts]
     stopped = [False] * len(prompts)
     rows = list(range(len(prompts)))  # which prompt each row of the batch is
@@ -94,6 +102,10 @@ def _by_steps(
         else:
             ids, positions = chosen[:, None], following
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        if cache is not None and len(prompts) == 1 and len(prompts[0]) + len(answers[0]) - 1 == turn:
+            # LongRoPE's frequencies are others from here on, and keys that were kept have the old ones.
+            cache = new_cache(model)
+            ids, mask, positions = _left_pad([[*prompts[0], *answers[0]]], pad_id, device)
         gone = sum(row in ended for row in rows)
         if gone * 4 >= len(rows):  # cutting copies the cache once; a quarter fewer rows pays for it at once
             kept = torch.tensor([place for place, row in enumerate(rows) if row not in ended], device=device)

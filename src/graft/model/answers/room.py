@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 from graft.config.train import Sampling
 from graft.errors import InputError
 from graft.model.device import free_bytes
+from graft.model.long_texts import LongTexts
 from graft.model.tuned.adapters import plain
 
 Model = PreTrainedModel | PeftModel
@@ -59,17 +59,15 @@ def check_prompt(model: Model, prompt: Sequence[int], name: str, sampling: Sampl
 def same_positions_up_to(model: Model) -> int | None:
     """Tokens up to which a position is encoded in the same way whatever else is computed with it; None is always.
 
-    Dynamic NTK and LongRoPE choose their frequencies by the longest text of the batch.
+    Dynamic NTK and LongRoPE choose their frequencies by the longest text of the batch, Llama 4 counts padding too.
     """
-    config: dict[str, Any] = plain(model).config.get_text_config().to_dict()
-    found = config.get("rope_parameters") or {}
-    kinds = [found, *(kind for kind in found.values() if isinstance(kind, dict))]
-    changing = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
-    if not changing:
-        return None
-    trained = changing[0].get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    limit = trained or config.get("max_position_embeddings")
-    return limit if isinstance(limit, int) else 0
+    long_texts = LongTexts.of(plain(model).config.to_dict())
+    return min((size for size in (long_texts.turn, long_texts.alone) if size is not None), default=None)
+
+
+def turns_at(model: Model) -> int | None:
+    """Tokens beyond which all positions of a text are encoded otherwise, so that nothing can be kept of what was."""
+    return LongTexts.of(plain(model).config.to_dict()).turn
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from graft.config.train import Sampling
 from graft.errors import InputError
 from graft.model.answers.forward import Forward, inference, new_cache
 from graft.model.answers.pick import Picker
-from graft.model.answers.room import Model, check_prompt, new_tokens_allowed
+from graft.model.answers.room import Model, check_prompt, new_tokens_allowed, turns_at
 from graft.model.tuned.adapters import plain
 
 
@@ -25,6 +25,8 @@ class PromptMemory:
     ids: list[int] = field(default_factory=list)
     """The tokens whose keys and values `cache` holds."""
     cache: DynamicCache | None = None
+    turned: bool = False
+    """Whether they were computed with LongRoPE's other frequencies, those of long texts."""
 
     def forget(self) -> None:
         """Start from nothing, as after a change of the model."""
@@ -83,6 +85,7 @@ class Stream(Iterator[int]):
         self._room = new_tokens_allowed(model, len(prompt), sampling.max_new_tokens)
         self._ids = list(prompt)
         self._answer_len = 0
+        self._turn = turns_at(model)
         self._picker = Picker(sampling, [prompt], self._room, plain(model).device)
         self._memory = memory if memory is not None else PromptMemory()
         self._memory.keep_prefix_of(prompt)
@@ -105,6 +108,10 @@ class Stream(Iterator[int]):
         forward = Forward(self._model)
         device = plain(self._model).device
         memory = self._memory
+        turned = self._turn is not None and len(self._ids) > self._turn
+        if turned != memory.turned:  # what is kept has the other frequencies
+            memory.forget()
+            memory.turned = turned
         done = len(memory.ids)
         cache = memory.cache or new_cache(self._model)
         memory.forget()  # an interrupt inside the forward pass leaves some layers ahead of others

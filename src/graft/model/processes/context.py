@@ -42,7 +42,7 @@ def refuse_split_rows(size: int, ranks: Ranks) -> None:
     if size > 1 and ranks.size == 1:
         raise ConfigError(
             f"context_ranks: a row is to be split over {size} processes, but this run has 1; start it with graft train "
-            f"--gpus {size} (or a multiple of {size}), or leave context_ranks out"
+            f"--gpus {size} (or a multiple of {size}), or set context_ranks=1"
         )
     if ranks.size % size:
         raise ConfigError(

@@ -43,7 +43,20 @@ def mesh_of(ranks: Ranks, device: torch.device, holders: int, tensor: int = 1) -
     of the weights between them, the rest are copies.
 
     Raises:
-        ConfigError: the processes cannot be divided so.
+        ConfigError: see `refuse_holders`.
+    """
+    refuse_holders(ranks, holders, tensor)
+    groups = ranks.size // tensor
+    wanted = {"copy": groups // holders, "shard": holders, "tensor": tensor}
+    sizes = {name: size for name, size in wanted.items() if size > 1 or name == "shard"}
+    return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def refuse_holders(ranks: Ranks, holders: int, tensor: int) -> None:
+    """Find before anything is read that the processes cannot be divided so.
+
+    Raises:
+        ConfigError: they cannot; names both numbers.
     """
     groups = ranks.size // tensor
     if groups % holders:
@@ -51,9 +64,6 @@ def mesh_of(ranks: Ranks, device: torch.device, holders: int, tensor: int = 1) -
             f"shard_ranks: {holders} processes to a copy of the weights, but {groups} processes cannot be divided "
             f"so; choose a divisor of {groups}, all, or host"
         )
-    wanted = {"copy": groups // holders, "shard": holders, "tensor": tensor}
-    sizes = {name: size for name, size in wanted.items() if size > 1 or name == "shard"}
-    return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 def shard(

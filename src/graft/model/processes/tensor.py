@@ -101,7 +101,7 @@ def refuse_model(config: PreTrainedConfig, model: str, team: int) -> None:
         if isinstance(count, int) and count % team:
             raise ConfigError(
                 f"tensor_ranks={team}: {model} has {count} {words}, which {team} processes cannot share evenly; "
-                "choose a divisor of that"
+                "choose a divisor of that, or leave tensor_ranks out"
             )
 
 

@@ -110,3 +110,19 @@ def linear_names(model: nn.Module) -> list[str]:
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Trainable parameters by name, in the model's order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def count_weights(model: nn.Module) -> int:
+    """Numbers that a model's weights stand for: of packed ones not the bytes that hold them, and tied ones once."""
+    total, seen = 0, set()
+    for module in model.modules():
+        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+        seen |= {id(p) for p in own}
+        packed = [p for p in own if not p.is_floating_point()]
+        wide, high = vars(module).get("in_features"), vars(module).get("out_features")
+        if packed and isinstance(wide, int) and isinstance(high, int):
+            bias = module._parameters.get("bias")
+            total += wide * high + (0 if bias is None else bias.numel())
+        else:
+            total += sum(p.numel() for p in own)
+    return total

@@ -21,14 +21,22 @@ from graft.model.processes.shard import copies_of, local
 from graft.model.trees import TreeLM
 from graft.tokens.plan import Plan
 from graft.tokens.store import ExampleStore
-from graft.tokens.tree import SHORTEST_RUN, build_rows
 from graft.train.loss import Objective
 from graft.train.step import RowSums, Stepper, StepSums
 from graft.train.updates.optimizers import Together
+from graft.types import Example, Row
 
 
-def refuse_steps_of_several_rows(plan: Plan, store: ExampleStore, row_tokens: int, share: bool) -> None:
+def refuse_steps_of_several_rows(
+    plan: Plan,
+    store: ExampleStore,
+    row_tokens: int,
+    rows_of: Callable[[Sequence[Example], int], list[Row]],
+    merge: bool,
+) -> None:
     """Each step must be one row: the first row's update would change the weights that the second one is computed with.
+
+    `rows_of` makes the rows of some examples, with `merge` one of all that fit into one.
 
     Raises:
         ConfigError: one is not; names the step and what would make it one.
@@ -38,14 +46,14 @@ def refuse_steps_of_several_rows(plan: Plan, store: ExampleStore, row_tokens: in
     needed = rows_of_first = 0
     for step in range(plan.total_steps):
         conversations = plan.step(step)
-        if share and int(tokens[conversations].sum()) <= row_tokens:
+        if merge and int(tokens[conversations].sum()) <= row_tokens:
             continue
-        rows = build_rows(store.examples(conversations), row_tokens, share, SHORTEST_RUN)
+        rows = rows_of(store.examples(conversations), row_tokens)
         if len(rows) > 1:
             first, rows_of_first = (step, len(rows)) if first is None else (first, rows_of_first)
             needed = max(needed, sum(len(row) for row in rows))
     if first is not None:
-        change = f"row_tokens={needed}" if share else "batch_size=1, for conversations of one turn,"
+        change = f"row_tokens={needed}" if merge else "batch_size=1, for conversations of one turn,"
         raise ConfigError(
             f"optimizer_in_backward needs each step in one row, but step {first + 1} of {plan.total_steps} makes "
             f"{rows_of_first} rows of at most {row_tokens} tokens; set {change} or a smaller batch_size, or "
