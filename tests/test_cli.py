@@ -40,7 +40,7 @@ def answer_in_a_line_or_two(err: str) -> str:
     """The error as the user sees it; there is no traceback, and it is short."""
     assert "Traceback" not in err
     error = err[err.index("error: ") :]
-    assert len(error) < 700, error
+    assert len(error) < 800, error
     return error
 
 

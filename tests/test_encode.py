@@ -397,14 +397,25 @@ def test_a_tokenizer_without_eos(tmp_path: Path):
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)
     r = load_renderer(str(tmp_path))
-    assert any("only raw text" in note for note in r.notes)
-    assert isinstance(encode.encode(talk("u:Hi", "a:Yes."), r, ROOMY), Reject | list)
+    assert not any("no answer could end" in note for note in r.notes), "`<|im_end|>` ends one"
+    (example,) = encode.encode(talk("u:Hi", "a:Yes."), r, ROOMY)
+    assert r.decode(example.ids.tolist()).rstrip().endswith("<|im_end|>")
     (piece,) = encode.encode(talk(text="the end"), r, ROOMY)
     assert r.decode(piece.ids.tolist()) == "the end"
     with pytest.raises(InputError, match="no EOS token"):
         load_renderer(str(tmp_path), "alpaca")
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 262}')
     assert load_renderer(str(tmp_path), "alpaca").tokenizer.eos_token == "</s>"
+
+
+def test_a_tokenizer_with_nothing_that_ends_an_answer(tmp_path: Path):
+    tokenizer = byte_tokenizer(extra=())
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    r = load_renderer(str(tmp_path))
+    assert any("no answer could end" in note and "set eos_token" in note for note in r.notes)
+    assert any("`<|im_start|>`, which `chatml` writes, is no token" in note for note in r.notes)
+    assert isinstance(encode.encode(talk("u:Hi", "a:Yes."), r, ROOMY), Reject)
 
 
 def test_characters_that_a_tokenizer_lacks():

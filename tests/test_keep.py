@@ -471,7 +471,8 @@ def test_a_signal_anywhere_stops_with_code_5_and_the_run_goes_on(
 def test_a_second_signal_leaves_at_once_and_tears_nothing(base, tmp_path):
     settings = settings_for(base, tmp_path, "save_every=2", "eval_every=50")
     code = (
-        "import os, signal, sys; from graft.config.train import Train; from graft.train import loop, save\n"
+        "import os, signal, sys; from graft.config.train import Train\n"
+        "from graft.train import loop; from graft.train.saving import save\n"
         "own, calls = save.put_in_place, []\n"
         "def twice(aside, final):\n"
         "    calls.append(1)\n"

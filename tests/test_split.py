@@ -179,8 +179,10 @@ def test_split_writes_parts_that_hold_every_row_once(rows, tmp_path):
     assert sum(len(part) for part in parts.values()) == 200 == len({i.id for part in parts.values() for i in part})
     for name, part in parts.items():
         assert {part_of(item, 0.2, 0.1) for item in part} == {name}
-    with pytest.raises(InputError, match="is from another split"):
+    with pytest.raises(InputError, match="is there already; choose another --out, or --overwrite"):
         run("split", rows, "--out", out, "--val", 0.2, "--test", 0)
+    with pytest.raises(InputError, match="is from another split"):
+        run("split", rows, "--out", out, "--val", 0.2, "--test", 0, "--overwrite")
 
 
 def test_training_holds_out_of_a_training_part_as_of_any_file(rows, tmp_path):

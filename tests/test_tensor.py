@@ -227,7 +227,7 @@ def gradients_of(rank: int, names: list[str]) -> dict[str, tuple[float, bool]]:
         fuse_modules(cut)
         mesh = mesh_of(ranks, device, 1, 2)
         split = Split(cut, mesh, device)
-        other = TreeLM(cut, fuse=False, enter=split.around(shard(cut, mesh, cut=split.cut)))
+        other = TreeLM(cut, fuse=False, enter=split.around(shard(cut, mesh, prepare=split.cut)))
         other.dealt, other.recompute = split.dealt, split.recompute
         assert (other.on_trees, other.why_not) == (lm.on_trees, lm.why_not)
         row_loss(other, other.place(row)).loss.backward()

@@ -77,7 +77,8 @@ def _attend_written_out(query: Tensor, key: Tensor, value: Tensor, shape: Shape,
     if shape.sinks is not None:
         sinks = shape.sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1).to(scores.dtype)
         scores = torch.cat([scores, sinks], dim=-1)
-    shares = scores.float().softmax(dim=-1).to(query.dtype)
+    exact = torch.promote_types(scores.dtype, torch.float32)
+    shares = scores.softmax(dim=-1, dtype=exact).to(query.dtype)
     if shape.sinks is not None:
         shares = shares[..., :-1]
     return F.dropout(shares, shape.dropout) @ value
