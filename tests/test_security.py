@@ -312,6 +312,24 @@ def test_a_template_without_end_is_ended(monkeypatch, template):
     assert _renderer(CHATML).render(TALK)  # nothing is left of it
 
 
+def test_a_stop_that_is_lost_is_made_again(monkeypatch):
+    """As it is where it is raised within a destructor: Python says so, and goes on."""
+    monkeypatch.setattr(watchdog, "MOST_SECONDS", 0.3)
+    own, lost = watchdog._raise_in, []
+
+    def lossy(ident, error):
+        if error is not None and len(lost) < 2:
+            lost.append(error)
+        else:
+            own(ident, error)
+
+    monkeypatch.setattr(watchdog, "_raise_in", lossy)
+    with pytest.raises(TemplateStopped, match="it computed for more than 0.3 s"):
+        _renderer(LOOPS).render(TALK)
+    assert len(lost) == 2
+    assert _renderer(CHATML).render(TALK)
+
+
 def test_cleaning_ends_too_and_drops_no_rows_for_it():
     def count(messages, tools):
         raise TemplateStopped("chat template mine: it computed for more than 10 s")

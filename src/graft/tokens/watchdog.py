@@ -85,9 +85,7 @@ class watched:  # noqa: N801 - it reads as a function, and a generator's context
         try:
             with _lock:
                 del _running[self.ident]
-            if (
-                self.why and kind is not _Stop
-            ):  # it came to an end by itself meanwhile: what is on its way is called back
+            if self.why:  # what is still on its way is called back
                 _raise_in(self.ident, None)
         except _Stop:
             _running.pop(self.ident, None)
@@ -128,8 +126,9 @@ def _watch() -> None:
             for rendering in now:
                 if rendering not in long:
                     rendering.began, rendering.used = time.monotonic(), time.process_time()
-                elif not rendering.why and (why := _too_much(rendering, resident - before)):
+                elif why := rendering.why or _too_much(rendering, resident - before):
                     rendering.why = why
+                    # At each look again: what is raised within a destructor, or a hook of the collector, is lost.
                     _raise_in(rendering.ident, _Stop)
         seen = now
 
