@@ -75,9 +75,9 @@ class Fit:
         ready = load_for_training(settings, self.precision, here.device, checkpoint, prepared, here.ranks)
         self.lm, self.final_dtype, self.start = ready.lm, ready.final_dtype, ready.start
         check_context(self.lm, settings.model, longest_example(prepared))
-        if settings.optimizer_in_backward:  # again, by the rows of this very model
-            merge = self.lm.merges and not self.lm.long_texts.differ
-            refuse_steps_of_several_rows(prepared.plan, prepared.train, settings.row_budget, self.lm.rows, merge)
+        as_most = self.lm.merges == settings.trees and not self.lm.long_texts.differ
+        if settings.optimizer_in_backward and not as_most:  # its rows are others than those that were looked at
+            refuse_steps_of_several_rows(prepared.plan, prepared.train, settings.row_budget, self.lm.rows, merge=False)
         self.parameters = trainable(self.lm.model)
         self.optimizer = make_optimizer(self.parameters, embeddings_of(self.lm, settings), settings)
         self.stepper = make_stepper(self.lm, self.parameters, self.optimizer, self.precision, settings, here.ranks)

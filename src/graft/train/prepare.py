@@ -96,11 +96,8 @@ def prepare(settings: Train, run: RunFolder) -> Prepared:
     }
     note(", ".join(f"{count} {name}" for name, count in counts.items()))
     _say_rejects(rejects, run)
-    if 0 < len(validation) < FEW and not settings.val:
-        note(
-            f"{counted(len(validation), 'conversation')} held out for validation: its loss, and which checkpoint is "
-            "best, rest on little; give val=FILE or a larger split.val"
-        )
+    if not settings.val:
+        _say_few(len(validation))
     return Prepared(
         renderer,
         train,
@@ -118,6 +115,14 @@ def _say_rejects(rejects: Sequence[Reject], run: RunFolder) -> None:
         first, count = Tally(re.split(r"[:\d]", reject.reason)[0] for reject in rejects).most_common(1)[0]
         example = next(reject.reason for reject in rejects if reject.reason.startswith(first))
         note(f"rejected, {count} of {len(rejects)}: {example}; all of them in {run.rejects}")
+
+
+def _say_few(held_out: int) -> None:
+    if 0 < held_out < FEW:
+        note(
+            f"{counted(held_out, 'conversation')} held out for validation: its loss, and which checkpoint is best, "
+            "rest on little; give val=FILE or a larger split.val"
+        )
 
 
 def renderer_of(settings: Train) -> Renderer:

@@ -16,7 +16,7 @@ from graft.model.answers.flight import answer_on_trees
 from graft.model.answers.forward import inference
 from graft.model.answers.kept import KEPT
 from graft.model.answers.padded import alone, in_padded_batches
-from graft.model.answers.room import Generated, Model, check_prompt
+from graft.model.answers.room import Generated, Model, check_prompt, same_positions_up_to
 from graft.model.trees import TreeLM
 from graft.model.tuned.adapters import plain
 
@@ -70,7 +70,8 @@ def generate_in_batches(
     places = list(range(len(different)))
     work: list[tuple[list[int], Iterator[list[tuple[int, Generated]]]]] = []
     if lm is not None and lm.on_trees and not lm.row_in_masks and sampling.num_beams == 1:
-        here = [place for place in places if not alone(model, len(different[place]), sampling)]
+        limit = same_positions_up_to(model)
+        here = [place for place in places if not alone(limit, len(different[place]), sampling)]
         places = sorted(set(places) - set(here))
         work.append((here, _on_trees(lm, [different[place] for place in here], stop_ids, sampling)))
     apart = [different[place] for place in places]

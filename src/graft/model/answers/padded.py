@@ -163,13 +163,13 @@ def _left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.devic
 def _batches(model: Model, lengths: Sequence[int], sampling: Sampling) -> Iterator[list[int]]:
     """Indices of the prompts answered together, longest first: the largest batch comes at the start, not at the end."""
     together = not (sampling.temperature > 0 and sampling.num_beams > 1)  # transformers draws for the batch as a whole
-    budget = Budget.of(model)
+    budget, limit = Budget.of(model), same_positions_up_to(model)
     room = [new_tokens_allowed(model, length, sampling.max_new_tokens) for length in lengths]
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         first = lengths[batch[0]] if batch else lengths[index]
         most = min(BATCH_ROWS, budget.rows(first + room[index]) // sampling.num_beams)
-        fits = len(batch) < most and together and not alone(model, first, sampling)
+        fits = len(batch) < most and together and not alone(limit, first, sampling)
         if plain(model)._is_stateful:  # a recurrent state has no mask for padding
             fits = fits and lengths[index] == first
         elif sampling.num_beams > 1:  # one number of new tokens for the whole batch
@@ -182,7 +182,9 @@ def _batches(model: Model, lengths: Sequence[int], sampling: Sampling) -> Iterat
         yield batch
 
 
-def alone(model: Model, prompt_len: int, sampling: Sampling) -> bool:
-    """Whether an answer may come to change how positions are encoded, for all that is computed with it."""
-    limit = same_positions_up_to(model)
+def alone(limit: int | None, prompt_len: int, sampling: Sampling) -> bool:
+    """Whether an answer may come to change how positions are encoded, for all that is computed with it.
+
+    `limit` is the model's (`same_positions_up_to`).
+    """
     return limit is not None and prompt_len + sampling.max_new_tokens > limit

@@ -167,9 +167,7 @@ def like(parameter: Tensor, value: Tensor) -> Tensor:
     made = distribute_tensor(
         value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
     )
-    return made.to(
-        parameter.device
-    )  # it is on the mesh's device, which is another one where parts are kept on the host
+    return made.to(parameter.device)  # from the mesh's device, which is another where parts are kept on the host
 
 
 def computed_on(tensor: Tensor) -> torch.device:

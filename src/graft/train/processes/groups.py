@@ -9,9 +9,7 @@ from graft.errors import ConfigError
 from graft.model.files.load import text_config
 from graft.model.processes.ranks import Ranks
 from graft.model.processes.tensor import refuse_model
-
-BY_NUMBER = ("adamw", "lion", "sgd", "schedule_free_adamw")
-"""Optimizers that treat each number of a weight by itself, so that a part of it is treated as the whole one is."""
+from graft.train.updates.optimizers import BY_NUMBER
 
 
 def refuse_groups(settings: Train, ranks: Ranks) -> None:

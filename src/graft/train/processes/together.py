@@ -29,6 +29,7 @@ from graft.train.open_run import open_run, place_to_resume
 from graft.train.prepare import Prepared, prepare, renderer_of
 from graft.train.processes.preflight import look_at_each_other
 from graft.train.processes.watchdog import Watchdog
+from graft.train.updates.optimizers import BY_NUMBER
 
 
 class Here(NamedTuple):
@@ -64,7 +65,7 @@ def _not_by_several(s: Train) -> Iterator[str | bool]:
     """Sentences about settings that need one process; anything false where they do not."""
     yield (
         s.optimizer_in_backward
-        and s.optimizer in ("adamw_8bit", "adafactor")
+        and s.optimizer not in BY_NUMBER
         and f"optimizer_in_backward goes with adamw, lion and sgd; {s.optimizer} looks at a whole weight, which no "
         "process has in the backward pass: set optimizer_in_backward=false, or another optimizer"
     )

@@ -25,6 +25,10 @@ Group = dict[str, Any]
 Maker = Callable[[list[Group], Train], torch.optim.Optimizer]
 
 
+def _none(_group: Group) -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """One optimiser."""
@@ -34,7 +38,7 @@ class Kind:
     """Names that `optimizer_options` may have."""
     package: str | None = None
     """What to install, where it is not part of torch."""
-    whole: Callable[[Group], bool] = lambda _group: False
+    whole: Callable[[Group], bool] = _none
     """Whether it looks at the rows, columns, blocks or all of a group's weights, and not at each number by itself."""
 
 
@@ -183,6 +187,8 @@ OPTIMIZERS: dict[str, Kind] = {
     ),
     "sgd": Kind(_sgd, lambda: _names((), torch.optim.SGD)),
 }
+BY_NUMBER = tuple(name for name, kind in OPTIMIZERS.items() if kind.whole is _none)
+"""Those that treat each number of a weight by itself, so that a part of it is treated as the whole one is."""
 
 
 def check_optimizer(settings: Train) -> None:
