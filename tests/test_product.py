@@ -1,5 +1,8 @@
 """Products by oneDNN are torch's own."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -55,3 +58,31 @@ def test_elsewhere_than_on_amd_it_is_torchs(monkeypatch):
     x, weight = torch.randn(100, 80), torch.randn(70, 80)
     assert torch.equal(times(x, weight), torch.nn.functional.linear(x, weight))
     assert torch.equal(times_transposed(x, weight.T), x @ weight.T)
+
+
+OF_MANY_SHAPES = """
+import ctypes
+import torch
+from graft.model.device import pick_device
+
+class Heap(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena o s h hblkhd u f uordblks fordblks keepcost".split()]
+
+library = ctypes.CDLL(None)
+library.mallinfo2.restype = Heap
+pick_device("cpu")
+torch.set_num_threads(1)
+weight = torch.randn(128, 128)
+for rows in range(100, 400):
+    torch.ops.mkldnn._linear_pointwise(torch.empty(rows, 128), weight, None, "none", [], "")
+    if rows in (150, 399):
+        print(library.mallinfo2().uordblks)
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="NOT TESTED: torch without oneDNN")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="NOT TESTED: not glibc's heap")
+def test_kernels_for_rows_of_many_lengths_are_not_all_kept():
+    done = subprocess.run([sys.executable, "-c", OF_MANY_SHAPES], capture_output=True, text=True, check=True)
+    after_some, after_all = map(int, done.stdout.split())
+    assert after_all - after_some < 8 * 2**20  # without the bound it was 138 MiB

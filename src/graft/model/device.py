@@ -37,6 +37,11 @@ PLUGINS = {"npu": "torch_npu"}
 """Devices that torch knows by a package of their makers."""
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""Variables that bound what oneDNN, and torch's layer above it, keep of the kernels that they make for each shape."""
+KEPT_KERNELS = 32
+"""Every row has a length of its own, so kernels of earlier rows are hardly ever wanted again, and each takes 0.3 MiB in
+both caches; by default 1,024 are kept. One row's layers want about 18 of them, a phase of the step six at a time."""
 SMALLEST_MAPPING = 2**22
 """Bytes from which on a passing tensor on the CPU is mapped on its own: its pages are faulted in anew each time."""
 
@@ -75,6 +80,8 @@ def pick_device(name: str) -> torch.device:
     # Read by torch at CUDA's first allocation: rows of changing length leave holes between blocks of fixed size.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its name before torch 2.9
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    for cache in KERNEL_CACHES:  # read at the first product that oneDNN computes
+        os.environ.setdefault(cache, str(KEPT_KERNELS))
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         if accelerator is None:
