@@ -29,7 +29,7 @@ from graft.model.attention.attend import Shape
 from graft.model.attention.pick import row_step
 from graft.model.attention.segments import BACKENDS, TreeRow
 from graft.model.device import pick_device, pick_precision, prepare_device
-from graft.model.trees import LogitShape
+from graft.model.logit_shape import LogitShape
 from graft.model.tuned.adapters import add_lora, trainable
 from graft.tokens.tree import build_rows, padded, segments, sharing, total_weight
 from graft.train.computing import pick_computing, tree_model

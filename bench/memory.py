@@ -60,7 +60,7 @@ def measure(side: str, setting: str, work: Path) -> dict[str, float]:
     from transformers import AutoTokenizer
 
     from graft.config.train import load_train
-    from graft.model.device import keep_freed_memory, memory_gib, pick_device
+    from graft.model.device import keep_freed_memory, memory_gib
     from graft.model.memory.remember import remember
     from graft.runs import RunFolder
     from graft.train.prepare import prepare
@@ -82,7 +82,6 @@ def measure(side: str, setting: str, work: Path) -> dict[str, float]:
         before = resident()
         if side == "graft":
             keep_freed_memory()
-            pick_device("cpu")  # few kernels are kept, too
             ours = GraftSide(settings, prepared)
             remember(ours.lm.model, setting.split(", ")[1])  # type: ignore[arg-type]
             ends = []

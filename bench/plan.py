@@ -1,6 +1,6 @@
 """The predicted peak memory and step time of a run against what a run of its own process measures.
 
-    python bench/plan.py                       # three sizes; LoRA, QLoRA (nf4) and full; on two cores half an hour
+    python bench/plan.py                       # three sizes, five methods: half an hour
     python bench/plan.py --size 5M --size 40M --method qlora --checkpointing full
 
 Each case trains a few steps by `graft train` in a new process and takes its largest resident set from the kernel. The
@@ -32,7 +32,13 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
                        "num_attention_heads": 10, "num_key_value_heads": 5, "vocab_size": 150000,
                        "tie_word_embeddings": True}),
 }  # fmt: skip
-METHODS = {"lora": ["method=lora"], "qlora": ["method=lora", "quantize=nf4"], "full": ["method=full"]}
+METHODS = {
+    "lora": ["method=lora"],
+    "qlora": ["method=lora", "quantize=nf4"],
+    "int8": ["method=lora", "quantize=int8"],
+    "fp8": ["method=lora", "quantize=fp8"],
+    "full": ["method=full"],
+}
 WORDS = ["tree", "node", "token", "row", "leaf", "root", "path", "branch"]
 
 

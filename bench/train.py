@@ -21,8 +21,8 @@ the peer gets one sample per turn.
 
 `of_product_peak` is the share of the machine's limit that graft's step reaches: floating-point operations of its matrix
 products and attention, counted as they are executed (model/memory/count.py; one step is counted, the others by their
-nodes), over the step's time, over the best rate of torch.mm for the shapes of the model's layers, measured in the same
-run.
+nodes), over the step's time, over the best rate of a product of the shapes of the model's layers, by the faster of
+torch's two libraries, measured in the same run.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ from transformers.models.qwen2 import modeling_qwen2
 from trl import SFTConfig, SFTTrainer
 
 from graft.config.train import load_train
-from graft.model.device import keep_freed_memory, pick_precision
+from graft.model.device import keep_freed_memory, pick_device, pick_precision
 from graft.model.files.load import load_base
+from graft.model.fused.product import times
 from graft.model.memory.count import Counter
 from graft.model.trees import TreeLM
 from graft.model.tuned.adapters import add_lora, trainable
@@ -167,7 +168,7 @@ class GraftSide:
 
     def __init__(self, settings: Any, prepared: Prepared) -> None:
         self.settings, self.prepared = settings, prepared
-        precision = pick_precision(settings.precision, torch.device("cpu"))
+        precision = pick_precision(settings.precision, pick_device("cpu"))
         model = trained_model(settings, precision.frozen)
         self.start = (
             {name: t.clone() for name, t in get_peft_model_state_dict(model).items()}
@@ -227,14 +228,14 @@ class GraftSide:
 
 
 def product_peak(model: torch.nn.Module, rows: int, tries: int = 5) -> float:
-    """Floating-point operations per second of torch.mm at best, over the shapes of the model's linear layers."""
+    """Floating-point operations per second at best, over the shapes of the model's layers and torch's libraries."""
     shapes = {tuple(layer.weight.shape) for layer in model.modules() if type(layer) is torch.nn.Linear}
     best = 0.0
     for out, features in shapes:
-        x, weight = torch.randn(rows, features), torch.randn(features, out)
-        for _ in range(tries):
+        x, weight = torch.randn(rows, features), torch.randn(out, features)
+        for product in (torch.nn.functional.linear, times) * tries:
             started = time.perf_counter()
-            torch.mm(x, weight)
+            product(x, weight)
             best = max(best, 2.0 * rows * features * out / (time.perf_counter() - started))
     return best
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from graft.model import device as device_module
-from graft.model.trees import LogitShape, shape_logits
+from graft.model.logit_shape import LogitShape, shape_logits
 from graft.train import loss as loss_module
 from graft.train.loss import PLAIN, Objective, linear_nll, logits_nll
 

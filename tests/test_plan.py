@@ -1,5 +1,6 @@
 """A run's cost is foreseen: counts without weights are those with weights, predicted memory is what is measured."""
 
+import importlib.util
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 from tiny import ON_TREES, branching_examples, make_conversations, make_model, make_model_folder, write_rows
 from tiny_runs import alone
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from typer.testing import CliRunner
 
@@ -24,6 +26,7 @@ from graft.errors import ConfigError, OutOfMemory
 from graft.model.attention.segments import TreeRow
 from graft.model.device import pick_precision
 from graft.model.files.load import load_base
+from graft.model.files.quantize import KINDS
 from graft.model.fused.linear import few_pieces
 from graft.model.fused.lora_quantized import fuse_quantized_lora
 from graft.model.memory.count import Counter
@@ -143,13 +146,14 @@ def test_recipes_in_the_place_of_activations_are_counted(family, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["none", "full"])
-def test_a_quantised_base_is_counted_without_its_weights(mode, tmp_path):
-    packed = pytest.importorskip("bitsandbytes.nn").Params4bit
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
+def test_a_quantised_base_is_counted_without_its_weights(kind, mode, tmp_path):
+    pytest.importorskip(KINDS[kind].library)
     sizes = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 256}
     make_model(LlamaConfig(**(ON_TREES["llama"].to_dict() | sizes))).save_pretrained(tmp_path)
-    settings = settings_for(tmp_path, "quantize=nf4", f"checkpointing={mode}")
+    settings = settings_for(tmp_path, f"quantize={kind}", f"checkpointing={mode}")
     (row,) = build_rows(branching_examples(), 256)
-    model = add_lora(load_base(str(tmp_path), torch.float32, quantize="nf4"), settings.lora, 0)
+    model = add_lora(load_base(str(tmp_path), torch.float32, quantize=kind), settings.lora, 0)
     assert fuse_quantized_lora(model) == 4 * 7
     remember(model, mode)
     lm = TreeLM(model)
@@ -157,10 +161,17 @@ def test_a_quantised_base_is_counted_without_its_weights(mode, tmp_path):
     found = made(settings)
     assert sum(count_row(found, row).peak.values()) == pytest.approx(count_with_weights(lm, row), rel=0.02)
     frozen = [p for p in dict.fromkeys(model.parameters()) if not p.requires_grad]
-    states = [p.quant_state for p in frozen if isinstance(p, packed)]
-    frozen += [t for s in states for t in (s.absmax, s.code, s.offset, s.state2.absmax, s.state2.code)]
+    for weight in [p for p in frozen if type(p).__name__ in ("Params4bit", "Int8Params", "Float8Tensor")]:
+        frozen = [p for p in frozen if p is not weight]
+        if kind == "nf4":
+            state = weight.quant_state
+            frozen += [weight.data, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+        else:
+            frozen += [weight.qdata, weight.scale] if kind == "fp8" else [weight.data]
+    frozen += [m.state.SCB for m in model.modules() if type(m).__name__ == "Linear8bitLt"]
     assert found.frozen_bytes == sum(t.numel() * t.element_size() for t in frozen)
-    assert found.mapped_bytes == 4 * sum(s.shape.numel() for s in states)
+    linear = [m for m in load_base(str(tmp_path), torch.float32).model.modules() if isinstance(m, nn.Linear)]
+    assert found.mapped_bytes == 4 * sum(m.weight.numel() for m in linear)
 
 
 @pytest.mark.parametrize("layers", [(0,), (2, 5)])
@@ -195,12 +206,14 @@ def test_what_is_trained_is_what_the_run_trains(base, overrides, tmp_path):
 @pytest.mark.parametrize(
     ("optimizer", "options"),
     [("adamw", []), ("adamw", ["optimizer_in_backward=true", "clip=null"]), ("adamw", ["master_weights=stochastic"]),
-     ("adafactor", []), ("muon", []), ("lion", []), ("schedule_free_adamw", ["schedule=constant"]), ("sgd", [])],
+     ("adafactor", []), ("muon", []), ("lion", []), ("schedule_free_adamw", ["schedule=constant"]), ("sgd", []),
+     ("adamw_8bit", [])],
 )  # fmt: skip
 def test_states_of_optimizers_are_those_of_a_real_step(base, optimizer, options):
     settings = settings_for(base, "method=full", f"optimizer={optimizer}", *options)
-    if optimizer in ("lion", "schedule_free_adamw"):
-        pytest.importorskip({"lion": "lion_pytorch"}.get(optimizer, "schedulefree"))
+    library = {"lion": "lion_pytorch", "schedule_free_adamw": "schedulefree", "adamw_8bit": "bitsandbytes"}
+    if optimizer in library:
+        pytest.importorskip(library[optimizer])
     precision = FP32 if "master_weights=stochastic" not in options else replace(FP32, trained=torch.bfloat16)
     counted = count_update(hollow(settings, precision, CPU), settings).states
     model = AutoModelForCausalLM.from_pretrained(base, dtype=precision.trained)
@@ -209,14 +222,14 @@ def test_states_of_optimizers_are_those_of_a_real_step(base, optimizer, options)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     real.step()
-    tensors = {id(t): t for state in real.state.values() for t in state.values() if isinstance(t, torch.Tensor)}
+    states = [item for state in real.state.values() for item in state.items()]
+    tensors = {id(t): t for name, t in states if isinstance(t, torch.Tensor) and not name.startswith("qmap")}
     assert counted == pytest.approx(sum(t.numel() * t.element_size() for t in tensors.values()), rel=0.01)
 
 
 @pytest.mark.parametrize(
     ("override", "reason"),
-    [("quantize=int8", "quantised"), ("compile=true", "compiler"), ("offload_activations=true", "transfers"),
-     ("checkpointing=auto", "none, selective or full")],
+    [("compile=true", "compiler"), ("offload_activations=true", "transfers")],
 )  # fmt: skip
 def test_what_cannot_be_counted_is_said(base, override, reason):
     with pytest.raises(NotCountable, match=reason):
@@ -299,6 +312,43 @@ def test_auto_takes_what_fits_and_the_run_keeps_it(base, tmp_path, monkeypatch):
     monkeypatch.setattr(foresee_module, "free_bytes", lambda _device: 1 << 40)
     resumed, _ = open_run(settings.model_copy(update={"resume": True}))
     assert resumed.row_tokens == 512, "a resumed run computes the rows that it began with"
+
+
+def test_automatic_checkpointing_is_forecast_as_the_first_mode_that_fits(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("graft.train.costs.forecast.resident", lambda: 1 << 28)
+    settings = run_settings(base, tmp_path, "checkpointing=auto")
+    prepared = prepare(settings, RunFolder(tmp_path / "aside"))
+
+    def forecast(memory: int, mode: str = "auto"):
+        wanted = settings.model_copy(update={"checkpointing": mode})
+        return Forecaster(wanted, prepared, CPU, FP32, memory).forecast()
+
+    sizes = {mode: forecast(1 << 40, mode) for mode in ("none", "selective", "full")}
+    for mode, found in sizes.items():
+        just_enough = (1 << 28) + int(found.beyond_process / 0.9) + 1024
+        assert forecast(just_enough).checkpointing == mode, mode
+    assert forecast(1 << 20).checkpointing == "full", "there is nothing behind it"
+    assert forecast(1 << 40).peak == sizes["none"].peak
+
+
+def test_a_quantised_base_is_proposed_where_not_everything_fits(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
+    base = make_model_folder(tmp_path / "model", **sizes)
+    found = forecaster(run_settings(base, tmp_path), tmp_path)
+    assert not any("quantize" in option.changes for option in found.options(1 << 40))
+    options = found.options(0)
+    least = {
+        kind: min(o.forecast.parts["frozen weights"] for o in options if o.changes.get("quantize", "none") == kind)
+        for kind in ("none", "int8", "nf4")
+    }
+    assert least["none"] > 2 * least["int8"] > 2 * least["nf4"]
+    assert [o.forecast.seconds for o in options] == sorted(o.forecast.seconds for o in options)
+    line = next(str(o) for o in options if "quantize" in o.changes)
+    read = load_train(None, [f"model={base}", "data=none.jsonl", "encode.max_length=64", *line.split()])
+    assert f"quantize={read.quantize}" in line
+    pissa = forecaster(run_settings(base, tmp_path, "lora.init_lora_weights=pissa"), tmp_path)
+    assert not any("quantize" in option.changes for option in pissa.options(0)), "the run would refuse it"
 
 
 def test_the_peak_is_that_of_the_worst_moment(base, tmp_path):
@@ -442,6 +492,9 @@ def test_the_command_prints_a_table_or_json(base, tmp_path):
     assert shown.exit_code == 0, shown.output
     assert "optimizer states" in shown.output
     assert "row_tokens=512 checkpointing=none" in shown.output
+    tight = CliRunner().invoke(app, [*words, "--memory", "1MiB"]).output
+    assert tight.count("quantize=nf4") == (1 if importlib.util.find_spec("bitsandbytes") else 0), "one line, the best"
+    assert "none of these fits" in tight
     told = json.loads(CliRunner().invoke(app, [*words, "--json", "--memory", "1MiB"]).stdout)
     assert told["moments_bytes"]["steps"] == sum(told["bytes"].values())
     assert told["peak_bytes"] == max(told["moments_bytes"].values())

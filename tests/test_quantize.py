@@ -20,8 +20,10 @@ from graft.model.files import quantize
 from graft.model.files.load import load_base, load_merged, load_model
 from graft.model.files.quantize import KINDS, check_quantize, quantization_config, refuse_stored
 from graft.model.fused.lora_quantized import fuse_quantized_lora
+from graft.model.memory.remember import kept_bytes
 from graft.model.trees import TreeLM
-from graft.model.tuned.adapters import add_lora, count_weights
+from graft.model.tuned.adapters import add_adapter, add_lora, count_weights
+from graft.model.tuned.kinds import peft_config
 from graft.train.loop import train
 
 CPU = torch.device("cpu")
@@ -63,7 +65,7 @@ def test_a_tree_over_a_quantised_base_is_that_base_one_by_one(folder, kind):
     examples = branching_examples()
     loss, gradients = one_by_one(tuned(folder, kind), examples)
     model = tuned(folder, kind)
-    assert fuse_quantized_lora(model) == (0 if kind == "fp8" else 14)
+    assert fuse_quantized_lora(model) == 14
     lm = TreeLM(model)
     assert lm.why_not is None
     found_loss, found, _ = in_rows(lm, examples, 40)
@@ -76,7 +78,7 @@ def test_a_tree_over_a_quantised_base_is_that_base_one_by_one(folder, kind):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("kind", HERE[:2])
+@pytest.mark.parametrize("kind", HERE)
 def test_a_fused_layer_over_a_quantised_one_is_pefts(folder, kind, dropout):
     results = []
     for fuse in (False, True):
@@ -171,9 +173,46 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(folder, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_what_this_device_cannot_do_is_refused_with_what_it_can(folder, tmp_path):
-    with pytest.raises(ConfigError, match=r"int4 runs on cuda, not on cpu; use quantize=nf4 or int8 or fp8"):
-        train(settings_for(folder, tmp_path, "quantize=int4"))
+def test_what_a_device_cannot_do_is_refused_with_what_it_can():
+    with pytest.raises(ConfigError, match=r"fp8 runs on cpu and cuda, not on xpu; use quantize=nf4 or int8 there"):
+        check_quantize("fp8", torch.device("xpu"), torch.float32)
+    with pytest.raises(ConfigError, match=r"nf4 runs on cpu and cuda and xpu, not on mps; use quantize=none there"):
+        check_quantize("nf4", torch.device("mps"), torch.float32)
+
+
+@pytest.mark.parametrize("kind", HERE)
+def test_trained_biases_of_quantised_layers_get_their_gradient(tmp_path, kind):
+    folder = make_model_folder(tmp_path / "model", hidden_size=64, intermediate_size=128, attention_bias=True)
+    settings = settings_for(
+        folder, tmp_path, "method=peft", "peft.type=lora", "peft.bias=all", "peft.target_modules=all-linear"
+    )
+    found = []
+    for fuse in (False, True):
+        model = add_adapter(load_base(str(folder), torch.float32, quantize=kind), peft_config(settings), 0)
+        if fuse:
+            assert fuse_quantized_lora(model) == 6  # those without a bias
+        model.train()(torch.arange(3, 40)[None]).logits.square().mean().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if name.endswith("bias")})
+    assert len(found[0]) == 8
+    for name, gradient in found[0].items():
+        assert gradient is not None, name
+        assert relative(found[1][name], gradient) < (1e-2 if kind == "int8" else 1e-5), name
+
+
+@pytest.mark.parametrize(("kind", "fuse"), [*((kind, True) for kind in KINDS), ("fp8", False)])
+def test_what_came_out_of_packed_weights_is_not_kept_for_the_gradient(tmp_path, kind, fuse):
+    """torchao's own product would keep each weight in fp32: more than the base takes without quantising it."""
+    folder = make_model_folder(tmp_path / "model", hidden_size=256, intermediate_size=512)
+    pytest.importorskip(KINDS[kind].library)
+    kept = []
+    for form in ("none", kind):
+        model = tuned(folder, form)
+        if fuse:
+            assert fuse_quantized_lora(model) == (14 if form == kind else 0)
+        ids = torch.arange(3, 11)[None]
+        kept.append(kept_bytes(lambda model=model, ids=ids: model.train()(ids).logits))
+    linear = sum(m.weight.numel() for m in load_base(str(folder), torch.float32).modules() if isinstance(m, nn.Linear))
+    assert kept[1] < kept[0] + linear  # a quarter of the weights in fp32
 
 
 def test_full_fine_tuning_of_frozen_weights_is_a_contradiction(folder, tmp_path):

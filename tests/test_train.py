@@ -202,6 +202,8 @@ def test_changed_settings_are_refused_before_the_data_is_read(base, tmp_path, mo
     checkpoint = checkpoint_module.newest_checkpoint(run)
     with pytest.raises(InputError, match="seed was 0, is 5"):
         train(settings_for(base, tmp_path, f"resume={checkpoint}", "seed=5"))
+    with pytest.raises(InputError, match=r"encode\.template was None, is alpaca; encode\.max_length was \d+, is 99\."):
+        train(settings_for(base, tmp_path, f"resume={checkpoint}", "encode.template=alpaca", "encode.max_length=99"))
 
 
 def test_a_resumed_run_must_be_the_same_run(base, tmp_path):

@@ -91,6 +91,7 @@ def _show(found: Forecast, options: list[Option], free: int) -> None:
             ["sharing", f"{rows.sharing:.2f}"],
             ["rows", f"{rows.per_step:.1f}"],
             ["heaviest row's nodes", f"{len(rows.heaviest[0]):,}"],
+            ["checkpointing", found.checkpointing],
             ["time (estimate)", duration(found.seconds_per_step)],
         ],
         to_stdout=True,
@@ -104,7 +105,7 @@ def _show(found: Forecast, options: list[Option], free: int) -> None:
             duration(o.forecast.seconds),
             "yes" if o.fits(free) else "no",
         ]
-        for o in options
+        for o in _worth_a_line(options, free)
     ]
     table(
         f"settings, fastest first, for {shown_bytes(free)} on {found.device}",
@@ -117,3 +118,14 @@ def _show(found: Forecast, options: list[Option], free: int) -> None:
         note(f"the fastest that fits: {fitting[0]}")
     else:
         note("none of these fits; a smaller encode.max_length, method=lora or a smaller model is needed")
+
+
+def _worth_a_line(options: list[Option], free: int) -> list[Option]:
+    """Of each format of a quantised base the fastest that fits, or what needs least; all others."""
+    best: dict[object, Option] = {}
+    for option in options:  # the fastest first
+        kind = option.changes.get("quantize")
+        known = best.setdefault(kind, option)
+        if not known.fits(free) and option.forecast.peak < known.forecast.peak:
+            best[kind] = option
+    return [o for o in options if "quantize" not in o.changes or o is best[o.changes["quantize"]]]

@@ -126,8 +126,8 @@ class Train(Settings):
     method: Literal["lora", "full", "freeze", "peft"] = "lora"
     """LoRA, every weight, some of the weights, or another of PEFT's kinds."""
     lora: Lora = Lora()
-    quantize: Literal["none", "nf4", "int8", "int4", "fp8"] = "none"
-    """Format of the frozen weights under LoRA: `nf4` and `int8` by bitsandbytes, `int4` (CUDA) and `fp8` by torchao.
+    quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """Format of the frozen weights under LoRA: `nf4` and `int8` by bitsandbytes, `fp8` by torchao.
     A base that is stored quantised keeps its own format."""
     peft: dict[str, Any] = Field(default_factory=dict)
     """For `method: peft`: `type` (VERA, IA3, OFT, LOHA, ...) and that kind's own options by PEFT's names."""

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from graft.errors import ConfigError
 from graft.model.attention.segments import TreeRow
 from graft.model.processes.ranks import Ranks
-from graft.model.trees import TreeLM, probe_row
+from graft.model.proof import probe_row
+from graft.model.trees import TreeLM
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 """What configs call the loss's coefficient."""

@@ -26,8 +26,9 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from graft.model.attention.segments import TreeRow
 from graft.model.device import scratch
 from graft.model.fused.product import times, times_transposed
+from graft.model.logit_shape import LogitShape, shape_logits
 from graft.model.memory.count import HEAD, part
-from graft.model.trees import LogitShape, TreeLM, shape_logits
+from graft.model.trees import TreeLM
 
 CHUNK_ELEMENTS = 2**24
 """Largest logits chunk, in elements: 64 MiB in fp32."""

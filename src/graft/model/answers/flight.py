@@ -29,7 +29,8 @@ from graft.model.answers.room import Budget, Generated, new_tokens_allowed
 from graft.model.attention.row_mask import RowMask
 from graft.model.attention.segments import TreeRow
 from graft.model.device import out_of_memory
-from graft.model.trees import TreeLM, shape_logits
+from graft.model.logit_shape import shape_logits
+from graft.model.trees import TreeLM
 from graft.tokens.prefixes import Group, group_prompts
 from graft.tokens.tree import SHORTEST_RUN, rows_with_paths
 from graft.types import Example

@@ -6,7 +6,6 @@ Knows configurations and linear layers; model/files/load.py loads. The libraries
 |---|---|---|---|
 | nf4 | bitsandbytes, NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314) | 0.516 | `precision` |
 | int8 | bitsandbytes, LLM.int8 (Dettmers et al. 2022, arXiv:2208.07339) | 1.0 | int8, outliers in `precision` |
-| int4 | torchao, groups of 128 | 0.53 | bf16 |
 | fp8 | torchao, e4m3, a scale per output | 1.0 | `precision` |
 """
 
@@ -25,6 +24,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, TorchA
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from graft.errors import ConfigError, InputError, first_line
+from graft.model.fused.packed_linear import keep_packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,6 @@ class Kind:
 KINDS = {
     "nf4": Kind("bitsandbytes", ("cpu", "cuda", "xpu"), 0.15),
     "int8": Kind("bitsandbytes", ("cpu", "cuda", "xpu"), 0.03),
-    "int4": Kind("torchao", ("cuda",), 0.2),
     "fp8": Kind("torchao", ("cpu", "cuda"), 0.06),
 }
 
@@ -88,16 +87,16 @@ def quantization_config(kind: str, dtype: torch.dtype) -> Any:
         )
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return TorchAoConfig(_torchao(kind))
+    return TorchAoConfig(_fp8())
 
 
-def _torchao(kind: str) -> Any:
-    torchao: Any = importlib.import_module("torchao.quantization")
-    return torchao.Int4WeightOnlyConfig(group_size=128) if kind == "int4" else torchao.Float8WeightOnlyConfig()
+def _fp8() -> Any:
+    return importlib.import_module("torchao.quantization").Float8WeightOnlyConfig()
 
 
 def make_trainable(model: nn.Module) -> None:
-    """See to it that gradients flow through a quantised model, in the library's own terms."""
+    """See to it that gradients flow through a quantised model, and that nothing unpacked is kept for them."""
+    keep_packed(model)
     module: Any
     for module in model.modules():
         if is_bitsandbytes_4bit(module):
@@ -107,20 +106,32 @@ def make_trainable(model: nn.Module) -> None:
 
 
 def with_quantized_layers(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> None:
-    """Give a model without numbers the layers that loading it in this format would."""
+    """Give a model without numbers the layers that loading it in this format would; bitsandbytes' are packed later."""
     quiet(kind)
     quantizer: Any = AutoHfQuantizer.from_config(quantization_config(kind, dtype), pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map=None)
+    if KINDS[kind].library == "torchao":
+        quantize = importlib.import_module("torchao.quantization").quantize_
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, nn.Linear) and quantizer.param_needs_quantization(model, f"{name}.weight"):
+                quantize(layer, _fp8())
     quantizer.postprocess_model(model)
     model.hf_quantizer = quantizer
     make_trainable(model)
 
 
 def pack_without_numbers(layer: Any, device: torch.device) -> list[Tensor]:
-    """Put a packed weight in the place of a 4-bit layer's, under the fake tensors of the caller's mode.
+    """Put a packed weight in the place of a bitsandbytes layer's, under the fake tensors of the caller's mode.
 
-    Two weights take a byte, 64 share a scale of a byte, and 256 scales one in fp32. Returns every tensor of it.
+    Returns every tensor of it; nothing for another layer.
     """
+    if is_bitsandbytes_4bit(layer):
+        return _four_bits_without_numbers(layer, device)
+    return _eight_bits_without_numbers(layer, device) if is_bitsandbytes_8bit(layer) else []
+
+
+def _four_bits_without_numbers(layer: Any, device: torch.device) -> list[Tensor]:
+    """Two weights take a byte, 64 share a scale of a byte, and 256 scales one in fp32."""
     functional: Any = importlib.import_module("bitsandbytes.functional")
     outputs, inputs = layer.out_features, layer.in_features
     blocks = -(-outputs * inputs // 64)
@@ -139,9 +150,25 @@ def pack_without_numbers(layer: Any, device: torch.device) -> list[Tensor]:
     return [packed, state.absmax, state.code, state.offset, scales.absmax, scales.code]
 
 
+def _eight_bits_without_numbers(layer: Any, device: torch.device) -> list[Tensor]:
+    """A weight takes a byte, and an output has a scale in fp32."""
+    shape = layer.out_features, layer.in_features
+    packed: Any = nn.Parameter(torch.empty(shape, dtype=torch.int8, device=device), requires_grad=False)
+    packed.CB = packed.SCB = None
+    layer.state.CB, layer.state.SCB = packed.data, torch.empty(shape[0], device=device)
+    layer.state.threshold = 0.0  # which inputs are outliers depends on numbers
+    layer._parameters["weight"] = packed
+    return [packed, layer.state.SCB]
+
+
 def is_bitsandbytes_4bit(module: nn.Module) -> bool:
     """Whether this is bitsandbytes' 4-bit layer, without importing the library."""
     return type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes.")
+
+
+def is_bitsandbytes_8bit(module: nn.Module) -> bool:
+    """The same for its 8-bit layer."""
+    return type(module).__name__ == "Linear8bitLt" and type(module).__module__.startswith("bitsandbytes.")
 
 
 def quiet(kind: str) -> None:
@@ -173,7 +200,7 @@ def _small_layer(kind: str, weight: Tensor, device: torch.device, dtype: torch.d
         plain = nn.Linear(i, o, bias=False, device=device, dtype=dtype).requires_grad_(False)
         plain.weight.copy_(weight)
         layer = nn.Sequential(plain)
-        importlib.import_module("torchao.quantization").quantize_(layer, _torchao(kind))
+        importlib.import_module("torchao.quantization").quantize_(layer, _fp8())
         return layer
     bnb: Any = importlib.import_module("bitsandbytes.nn")
     made: nn.Module

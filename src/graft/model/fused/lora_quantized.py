@@ -1,8 +1,8 @@
 """A quantised linear layer with LoRA as one operation: PEFT's layer and its numbers, with less kept in memory.
 
-The forward pass is the quantised layer's own; what is kept for the backward pass is the input, once, and the low-rank
-product, instead of the copies that the library and PEFT keep. For the gradient the weights are taken out of their
-format, as the libraries do it. Only bitsandbytes' layers: torchao's are tensors that PyTorch computes with by itself.
+The forward pass is the quantised layer's own, bitsandbytes' or torchao's; what is kept for the backward pass is the
+input, once, and the low-rank product, instead of the copies that the libraries and PEFT keep. For the gradient the
+weights are taken out of their format, as the libraries do it.
 
 Shapes: T tokens, i and o features in and out, r rank.
 """
@@ -15,31 +15,42 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from graft.model.files.quantize import is_bitsandbytes_4bit
+from graft.model.files.quantize import is_bitsandbytes_4bit, is_bitsandbytes_8bit
 
 
 def fuse_quantized_lora(model: nn.Module) -> int:
-    """Let every plain LoRA layer over a bitsandbytes layer compute itself as one operation; returns how many do.
+    """Let every plain LoRA layer over a quantised layer compute itself as one operation; returns how many do.
 
-    DoRA and its like, or a bias of the adapter's own, keep PEFT's forward.
+    DoRA and its like, a bias of the adapter's own, and layers whose own bias is trained keep PEFT's forward.
     """
-    if not isinstance(model, PeftModel) or importlib.util.find_spec("bitsandbytes") is None:
+    if not isinstance(model, PeftModel):
         return 0
-    bnb: Any = importlib.import_module("peft.tuners.lora.bnb")
-    kinds = (bnb.Linear4bit, bnb.Linear8bitLt)
-    fused: dict[type, Any] = {kind: type(f"Fused{kind.__name__}", (_Fused, kind), {}) for kind in kinds}
+    fused: dict[type, Any] = {kind: type(f"Fused{kind.__name__}", (_Fused, kind), {}) for kind in _pefts_kinds()}
     count = 0
     layer: Any
     for layer in list(model.modules()):
         wanted = fused.get(type(layer))
-        if wanted is not None and not layer.lora_variant and not any(layer.lora_bias.values()):
+        if wanted is None or layer.lora_variant or any(layer.lora_bias.values()):
+            continue
+        bias = layer.get_base_layer().bias
+        if bias is None or not bias.requires_grad:
             layer.__class__ = wanted
             count += 1
     return count
+
+
+def _pefts_kinds() -> list[Any]:
+    """PEFT's LoRA layers over quantised ones, of the libraries that are here."""
+    names = {"bitsandbytes": ("bnb", ("Linear4bit", "Linear8bitLt")), "torchao": ("torchao", ("TorchaoLoraLinear",))}
+    found = []
+    for library, (module, classes) in names.items():
+        if importlib.util.find_spec(library) is not None:
+            made = importlib.import_module(f"peft.tuners.lora.{module}")
+            found += [getattr(made, name) for name in classes]
+    return found
 
 
 class _Fused(nn.Module):
@@ -68,11 +79,17 @@ class _Fused(nn.Module):
 
 def _unpacked(layer: Any) -> Tensor:
     """[o, i] a quantised layer's weights out of their format."""
-    if is_bitsandbytes_4bit(layer):  # PEFT asks for the parameter's class, which one without numbers has lost
+    unpacked: Tensor
+    if is_bitsandbytes_4bit(layer):
         functional: Any = importlib.import_module("bitsandbytes.functional")
-        unpacked: Tensor = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        return unpacked
-    return dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
+        unpacked = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    elif is_bitsandbytes_8bit(layer):
+        functional = importlib.import_module("bitsandbytes.functional")
+        scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB  # the first forward moves them
+        unpacked = functional.int8_vectorwise_dequant(layer.weight.data, scales)
+    else:
+        unpacked = layer.weight.dequantize()
+    return unpacked
 
 
 class _QuantizedLoraProduct(torch.autograd.Function):

@@ -158,11 +158,19 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _inside(func: Any, args: Any) -> int:
-    """Bytes of what bitsandbytes' 4-bit product makes inside on a CPU: the weight out of its format, and its scales."""
-    if func.namespace != "bitsandbytes" or "gemm_4bit" not in func.__name__ or args[0].device.type != "cpu":
+    """Bytes of what bitsandbytes' operators make inside on a CPU.
+
+    The 4-bit product: the weight out of its format, and its scales. Eight bits out of their format: each times its
+    scale, before all are divided by 127.
+    """
+    if func.namespace != "bitsandbytes":
         return 0
-    numel, block = args[2][0] * args[2][1], args[4]
-    return int(numel * args[0].element_size() + 2 * 4 * (numel // block))
+    if "int8_vectorwise_dequant" in func.__name__ and args[0].device.type == "cpu":
+        return int(4 * args[0].numel())
+    if "gemm_4bit" in func.__name__ and args[0].device.type == "cpu":
+        numel, block = args[2][0] * args[2][1], args[4]
+        return int(numel * args[0].element_size() + 2 * 4 * (numel // block))
+    return 0
 
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> float:

@@ -153,8 +153,11 @@ def count_update(model: Hollow, settings: Train) -> UpdateCost:
         NotCountable: the optimizer's operations depend on numbers.
     """
     counter = Counter(scalar=1.0)  # what is asked for is the number of the step
-    with countable(f"optimizer={settings.optimizer}"), model.mode:
+    with countable(f"optimizer={settings.optimizer}"):
         optimizer = make_optimizer(model.trained, embeddings_of(model.lm, settings), settings)
+        if hasattr(optimizer, "fill_qmap"):  # bitsandbytes' tables of eight-bit numbers are made of numbers
+            optimizer.fill_qmap()
+    with countable(f"optimizer={settings.optimizer}"), model.mode:
         for parameter in model.trained.values():
             parameter.grad = torch.empty_like(parameter)
         gradients = [p.grad for p in model.trained.values() if p.grad is not None]

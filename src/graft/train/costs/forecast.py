@@ -6,16 +6,22 @@ speeds are measured. Times are estimates; docs/plan.md says how far off they wer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from graft.config.train import Train
+from graft.console import track
+from graft.errors import ConfigError
 from graft.model.attention.pick import pick_attention, row_step
 from graft.model.device import Precision, free_bytes
+from graft.model.files.quantize import check_quantize, stored_quantization
 from graft.model.memory.machine import Rates, measure_rates, resident
+from graft.model.memory.remember import Mode
+from graft.model.tuned.kinds import mutates_base, peft_config
 from graft.train.costs.cost import RowCost, UpdateCost, count_row, count_update
 from graft.train.costs.hollow import Hollow, countable, hollow
 from graft.train.costs.moments import moments
@@ -28,6 +34,8 @@ CUDA_CONTEXT = 600 * 2**20
 SMALLEST_BUDGET = 512
 ROW_COST = {"cpu": 64, "cuda": 512}
 """What one more row costs in time, in nodes; a rule of thumb that only chooses between budgets which fit."""
+MODES: tuple[Mode, ...] = ("none", "selective", "full")
+"""Of checkpointing, in the order in which `auto` tries them."""
 KEEP_FREE = 0.1
 """Share of the free memory that `auto` leaves alone: other programs grow too."""
 
@@ -46,6 +54,8 @@ class Forecast:
     rows: Rows
     rates: Rates
     device: str
+    checkpointing: str
+    """With `auto`, the mode that is expected."""
 
     @property
     def peak(self) -> int:
@@ -67,6 +77,7 @@ class Forecast:
         rows = self.rows
         return {
             "device": self.device,
+            "checkpointing": self.checkpointing,
             "peak_bytes": self.peak,
             "bytes": dict(self.parts),
             "moments_bytes": dict(self.moments),
@@ -131,29 +142,50 @@ class Forecaster:
             InputError: the model's config cannot serve.
             NotCountable: its step depends on numbers.
         """
-        settings = settings or self.settings
+        settings = self._decided(settings or self.settings)
         costs = [self._count(settings, index) for index in range(len(self.rows(settings).heaviest))]
         return self._put_together(settings, max(costs, key=lambda cost: sum(cost.peak.values())))
 
-    def options(self) -> list[Option]:
-        """Row budgets with each mode of checkpointing, the fastest first.
-
-        Only the smallest and the largest budget are counted; between them memory grows with the heaviest row's nodes.
+    def options(self, memory: int) -> list[Option]:
+        """Row budgets with each mode of checkpointing, the fastest first; where not all of them fit into so many bytes,
+        over a quantised base too.
         """
+        plain = MODES[1:] if self.settings.gradient_checkpointing else MODES
+        found = self._options([{"checkpointing": mode} for mode in plain])
+        if not all(option.fits(memory) for option in found):
+            both = [
+                {"quantize": kind, "checkpointing": mode} for kind in self._quantised() for mode in ("none", "full")
+            ]
+            found += self._options(both)
+        return sorted(found, key=lambda option: option.forecast.seconds)
+
+    def _options(self, wanted: Sequence[Mapping[str, str]]) -> list[Option]:
+        """Only the smallest and the largest budget are counted; between them memory grows with the row's nodes."""
         found: list[Option] = []
         budgets = self.budgets()
-        for mode in ("selective", "full") if self.settings.gradient_checkpointing else ("none", "selective", "full"):
-            settings = self.settings.model_copy(update={"checkpointing": mode})
+        for changes in track(wanted, "counting"):
+            settings = self.settings.model_copy(update=changes)
             small, large = (self._largest(settings, budget) for budget in (budgets[0], budgets[-1]))
             for budget in budgets:
-                wanted = settings.model_copy(update={"row_tokens": budget})
-                rows = self.rows(wanted)
+                of_budget = settings.model_copy(update={"row_tokens": budget})
+                rows = self.rows(of_budget)
                 if settings.optimizer_in_backward and rows.per_step > 1:
                     continue  # the run would refuse it
                 cost = _between(small, large, len(rows.heaviest[0]))
-                changes = {"row_tokens": budget, "checkpointing": mode}
-                found.append(Option(changes, self._put_together(wanted, cost)))
-        return sorted(found, key=lambda option: option.forecast.seconds)
+                option = Option({"row_tokens": budget, **changes}, self._put_together(of_budget, cost))
+                found.append(option)
+        return found
+
+    def _quantised(self) -> Iterator[str]:
+        """Formats that the base could be quantised to for this run on this machine, the more exact first."""
+        for kind in ("int8", "nf4"):
+            if self.settings.quantize != "none" or changed(self.settings, {"quantize": kind}) is None:
+                continue
+            try:
+                check_quantize(kind, self.device, self.precision.compute)
+            except ConfigError:
+                continue
+            yield kind
 
     def budgets(self) -> list[int]:
         """Row budgets worth a look: from the longest example to a whole step in one row, doubling."""
@@ -188,9 +220,28 @@ class Forecaster:
     def rows(self, settings: Train) -> Rows:
         """The rows of the run under a row budget."""
         budget = settings.row_budget
+        if settings.checkpointing == "auto":  # which changes no row
+            settings = settings.model_copy(update={"checkpointing": MODES[0]})
         if budget not in self._rows:
             self._rows[budget] = look_at_rows(self.prepared, budget, self._hollow(settings).lm)
         return self._rows[budget]
+
+    def _decided(self, settings: Train) -> Train:
+        """With `checkpointing: auto` the first mode whose largest row fits; the run itself will measure a short one."""
+        if settings.checkpointing != "auto":
+            return settings
+        for mode in MODES:
+            settings = settings.model_copy(update={"checkpointing": mode})
+            if mode == MODES[-1]:
+                break
+            found = self._put_together(settings, self._count(settings, 0))
+            if found.beyond_process <= self._left(found.parts["process"]) * (1 - KEEP_FREE):
+                break
+        return settings
+
+    def _left(self, base: int) -> int:
+        """Bytes beside the `base` that the process has already."""
+        return self._free if self._memory is None else self._memory - base
 
     def _largest(self, settings: Train, budget: int) -> RowCost:
         """Cost of the row with the most nodes."""
@@ -226,8 +277,7 @@ class Forecaster:
         every = settings.eval_every or max(1, -(-rows.steps // 10))
         if self._base is None:
             self._base = resident() if self.device.type == "cpu" else CUDA_CONTEXT
-        free = self._free if self._memory is None else self._memory - self._base
-        found = moments(settings, model, cost, update, self.device, self._base, free)
+        found = moments(settings, model, cost, update, self.device, self._base, self._left(self._base))
         return Forecast(
             parts=found.parts,
             moments=found.totals,
@@ -237,6 +287,7 @@ class Forecaster:
             rows=rows,
             rates=rates,
             device=str(self.device),
+            checkpointing=settings.checkpointing,
         )
 
     def _measured(self, model: Hollow) -> Rates:
@@ -246,6 +297,17 @@ class Forecaster:
                 width, heads = int(config.hidden_size), int(config.num_attention_heads)
             self._rates = measure_rates(self.device, self.precision.compute, width, heads)
         return self._rates
+
+
+def changed(settings: Train, changes: Mapping[str, object]) -> Train | None:
+    """The settings with a change; None where it does not go with the others."""
+    try:
+        found = Train.model_validate({**settings.model_dump(), **changes})
+    except ValidationError:
+        return None
+    if found.quantize != "none" and (mutates_base(peft_config(found)) or stored_quantization(found.model)):
+        return None
+    return found
 
 
 def _between(small: RowCost, large: RowCost, nodes: float) -> RowCost:

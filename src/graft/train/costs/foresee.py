@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
 from graft.config.train import Train
 from graft.console import note, warn
 from graft.errors import GraftError, OutOfMemory
 from graft.model.device import free_bytes, out_of_memory, pick_device, pick_precision
 from graft.runs import WEIGHTS
-from graft.train.costs.forecast import Forecast, Forecaster
+from graft.train.costs.forecast import Forecast, Forecaster, changed
 from graft.train.formats import trained_in
 from graft.train.prepare import Prepared
 
@@ -103,10 +103,10 @@ def advice(forecaster: Forecaster) -> str:
     try:
         now = forecaster.forecast().peak
         for changes in _changes(forecaster.settings):
-            changed = _changed(forecaster.settings, changes)
-            if changed is not None:
+            wanted = changed(forecaster.settings, changes)
+            if wanted is not None:
                 text = " ".join(f"{name}={value}" for name, value in changes.items())
-                saved.append((now - forecaster.forecast(changed).peak, text))
+                saved.append((now - forecaster.forecast(wanted).peak, text))
     except (GraftError, RuntimeError, MemoryError):  # what it stands in must still be said
         return "Lower row_tokens or encode.max_length, or set checkpointing=full"
     said = [f"{text} (saves {shown_bytes(size)})" for size, text in sorted(saved, reverse=True)[:3] if size > 0]
@@ -115,7 +115,7 @@ def advice(forecaster: Forecaster) -> str:
 
 def _changes(settings: Train) -> Iterator[dict[str, object]]:
     """Single changes that need less memory."""
-    less = {"none": ("selective", "full"), "selective": ("full",)}
+    less = {"none": ("selective", "full"), "selective": ("full",), "auto": ("full",)}
     for mode in less.get(settings.checkpointing, ()):
         yield {"checkpointing": mode}
     half = max(settings.encode.max_length, settings.row_budget // 2)
@@ -123,14 +123,8 @@ def _changes(settings: Train) -> Iterator[dict[str, object]]:
         yield {"row_tokens": half}
     if settings.trains_own_weights:
         yield {"method": "lora"}
-
-
-def _changed(settings: Train, changes: Mapping[str, object]) -> Train | None:
-    """The settings with a change; None where it does not go with the others."""
-    try:
-        return Train.model_validate({**settings.model_dump(), **changes})
-    except ValidationError:
-        return None
+    elif settings.quantize == "none" and find_spec("bitsandbytes") is not None:
+        yield {"quantize": "nf4"}
 
 
 @contextmanager

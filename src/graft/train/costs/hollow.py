@@ -11,11 +11,13 @@ from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -23,7 +25,12 @@ from graft.config.train import Train
 from graft.errors import GraftError, InputError, first_line
 from graft.model.attention.segments import DENSE, SEGMENTS
 from graft.model.device import Precision
-from graft.model.files.quantize import is_bitsandbytes_4bit, pack_without_numbers, with_quantized_layers
+from graft.model.files.quantize import (
+    is_bitsandbytes_4bit,
+    is_bitsandbytes_8bit,
+    pack_without_numbers,
+    with_quantized_layers,
+)
 from graft.model.fused.lora_quantized import fuse_quantized_lora
 from graft.model.memory.remember import remember
 from graft.model.trees import TreeLM
@@ -32,7 +39,7 @@ from graft.model.tuned.kinds import peft_config
 from graft.model.tuned.vocabulary import grow
 from graft.train.load import stored_dtype, with_new_tokens
 
-QUANTISED = "of quantised weights only those that quantize=nf4 makes are known before they are loaded"
+QUANTISED = "how its weights are packed is known only when they are loaded"
 
 
 class NotCountable(GraftError):
@@ -105,14 +112,10 @@ def refuse_uncountable(settings: Train) -> None:
         NotCountable: the settings ask for it.
     """
     why = None
-    if settings.quantize not in ("none", "nf4"):
-        why = QUANTISED
-    elif settings.compile is True:
+    if settings.compile is True:
         why = "with compile=true the compiler chooses what is kept"
     elif settings.offload_activations:
         why = "with offload_activations=true it depends on the transfers what is on the device at a time"
-    elif settings.checkpointing == "auto":
-        why = "checkpointing=auto is chosen when the model is loaded; ask for none, selective or full"
     if why is not None:
         raise NotCountable(f"this run cannot be counted beforehand: {why}")
 
@@ -126,6 +129,7 @@ def hollow(settings: Train, precision: Precision, device: torch.device, new_toke
         NotCountable: it cannot be made without weights.
     """
     refuse_uncountable(settings)
+    assert settings.checkpointing != "auto", "which mode it is must be decided before"
     with countable(settings.model):
         return _hollow(settings, precision, device, new_tokens)
 
@@ -153,8 +157,9 @@ def _hollow(settings: Train, precision: Precision, device: torch.device, new_tok
         _give_norms_numbers(model)
         remember(model, "selective")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    stored = _bytes(m.weight for m in model.modules() if is_bitsandbytes_4bit(m) and isinstance(m.weight, Tensor))
+    packed_numbers = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and _is_packed(m))
     packed = _make_fake(model, mode, device)
+    stored = stored_dtype(settings.model)
     parameters = list(dict.fromkeys([*model.parameters(), *packed]))
     trained = [p for p in parameters if p.requires_grad]
     holder = _layer_list(lm)
@@ -166,7 +171,7 @@ def _hollow(settings: Train, precision: Precision, device: torch.device, new_tok
         precision=precision,
         frozen_bytes=_bytes(parameters) - _bytes(trained),
         trained_bytes=_bytes(trained),
-        mapped_bytes=stored if device.type == "cpu" and stored_dtype(settings.model) == precision.frozen else 0,
+        mapped_bytes=packed_numbers * stored.itemsize if device.type == "cpu" and stored == precision.frozen else 0,
         base_numbers=base_numbers,
         trained=trainable(model),
         kinds=_kinds(lm, layers),
@@ -194,8 +199,20 @@ def _adapted(base: PreTrainedModel, settings: Train, precision: Precision, new_t
     return add_adapter(base, config, settings.seed)
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _bytes(tensors: Iterable[Any]) -> int:
+    """What their numbers take, of tensors that are made of others what those take."""
+    total = 0
+    for tensor in tensors:
+        if is_traceable_wrapper_subclass(tensor):
+            total += _bytes(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        else:
+            total += tensor.numel() * tensor.element_size()
+    return total
+
+
+def _is_packed(layer: nn.Linear) -> bool:
+    """Whether a layer's weight is kept in another form than it is computed with."""
+    return is_bitsandbytes_4bit(layer) or is_bitsandbytes_8bit(layer) or is_traceable_wrapper_subclass(layer.weight)
 
 
 def _from_config(settings: Train, dtype: torch.dtype) -> PreTrainedModel:
@@ -230,18 +247,26 @@ def _make_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> 
     packed: list[Tensor] = []
     with mode:
         for module in model.modules():
-            if is_bitsandbytes_4bit(module):
-                packed += pack_without_numbers(module, device)
+            packed += pack_without_numbers(module, device)
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None and not isinstance(parameter, FakeTensor):
                     if id(parameter) not in made:
-                        empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                        made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+                        made[id(parameter)] = nn.Parameter(_empty(parameter, device), parameter.requires_grad)
                     module._parameters[name] = made[id(parameter)]
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
     return packed
+
+
+def _empty(tensor: Any, device: torch.device) -> Tensor:
+    """A tensor like this one; of one that is made of others (PyTorch's protocol), as torchao's are, each of them."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    names, context = tensor.__tensor_flatten__()
+    inner = {name: _empty(getattr(tensor, name), device) for name in names}
+    made: Tensor = type(tensor).__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
+    return made
 
 
 def _layer_list(lm: TreeLM) -> tuple[nn.Module, str] | None:

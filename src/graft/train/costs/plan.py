@@ -39,4 +39,4 @@ def plan(settings: Train, memory: int | None = None) -> tuple[Forecast, list[Opt
     found = forecaster.forecast()
     if memory is None:
         memory = free + found.parts["process"]
-    return found, forecaster.options(), memory
+    return found, forecaster.options(memory), memory

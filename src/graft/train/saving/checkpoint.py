@@ -131,13 +131,14 @@ def decisive(settings: Train) -> dict[str, str]:
     decides = settings.model_dump(
         mode="json",
         include={
-            "method", "lora", "peft", "freeze", "new_tokens", "quantize", "master_weights", "precision", "batch_size",
-            "epochs", "max_steps", "seed",
+            "encode", "split", "method", "lora", "peft", "freeze", "new_tokens", "quantize", "master_weights",
+            "precision", "batch_size", "epochs", "max_steps", "seed",
             "lr", "lr_patterns", "schedule", "decay", "power", "warmup", "min_lr_ratio", "weight_decay", "optimizer",
             "optimizer_options", "optimizer_in_backward", "beta1", "beta2", "eps", "clip", "loss", "label_smoothing",
             "neftune_alpha", "ema", "router_aux_loss",
         },
     )  # fmt: skip
+    decides["encode"]["template"] = _place(settings.encode.template) if settings.encode.template else None
     places = {
         "model": _place(settings.model),
         "init_from": _place(settings.init_from) if settings.init_from else "None",
