@@ -299,7 +299,7 @@ def test_a_setting_switches_its_step_on_where_it_belongs():
         ),
         (
             "steps:\n  - near:\n      threshold: 2\n",
-            r"r.yaml:3: `steps.0.near.threshold` = 2: Input should be less than 1",
+            r"r.yaml:3: `steps.0.near.threshold` = 2: it must be less than 1",
         ),
         ("steps: html\n", "steps: a list is expected"),
         ("steps: []\n", "steps: a list is expected"),

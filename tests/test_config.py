@@ -49,7 +49,7 @@ def test_data_in_every_form():
         ("batchsize: 3", "unknown setting `batchsize`; did you mean `batch_size`?"),
         ("max_length: 512", "unknown setting `max_length`; did you mean `encode.max_length`?"),
         ("epochs: many", "`epochs` = 'many'"),
-        ("optimizer: adamw8bit", "'galore', 'apollo' or 'sgd'; did you mean `adamw_8bit`?"),
+        ("optimizer: adamw8bit", "galore, apollo, sgd; did you mean `adamw_8bit`?"),
         ("checkpointing: selectiv", "did you mean `selective`?"),
         ("lora: 7", "`lora` = 7"),
         ("split: {val: 0.7, test: 0.6}", "val 0.7 + test 0.6 leave nothing to train on"),
@@ -136,3 +136,23 @@ def test_a_flag_and_an_override_of_the_same_setting_are_refused(override, flags,
         load_train(None, [override], flags)
     others = [f"{key}=z" for key in ("model", "data") if not override.startswith(key)]
     assert load_train(None, [override, *others], dict.fromkeys(flags)), "a flag that is not given is none"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("epochs=abc", "`epochs` = 'abc': a number is needed"),
+        ("batch_size=1.5", "`batch_size` = 1.5: a whole number is needed"),
+        ("batch_size=0", "`batch_size` = 0: it must be at least 1"),
+        ("split.val=2", "`split.val` = 2: it must be less than 1.0"),
+        ("new_tokens=3", "`new_tokens` = 3: a list is needed"),
+        ("lora=3", "`lora` = 3: a mapping of settings is needed"),
+        ("resume=5", "`resume` = 5: true or false is needed, or text is needed"),
+        ("shard_ranks=x", "`shard_ranks` = 'x': a whole number is needed, or it is one of all, host"),
+        ("method=lorra", "`method` = 'lorra': it is one of lora, full, freeze, peft; did you mean `lora`?"),
+    ],
+)
+def test_a_wrong_value_is_said_once_in_words_of_settings(override, said):
+    with pytest.raises(ConfigError) as caught:
+        load_train(None, ["model=x", "data=y", override])
+    assert str(caught.value) == f"the command line: {said}"

@@ -286,7 +286,7 @@ def test_every_kind_is_either_tested_or_refused_with_a_reason():
         (("schedule=wsd", "warmup=0.5", "decay=0.6"), "more than the whole run"),
         (("method=freeze", "freeze.layers=0"), "trains nothing"),
         (("lr_patterns={'(': 1e-4}",), "no regular expression"),
-        (("lr_patterns={lora_A: -1}",), "greater than 0"),
+        (("lr_patterns={lora_A: -1}",), "more than 0"),
         (("freeze.layers=3",), "set method=freeze"),
         (("method=full", "lora.loraplus_ratio=16"), "is for adapters"),
         (("decay=0.5",), "belongs to schedule=wsd"),

@@ -160,25 +160,63 @@ def _validate(model: type[S], values: Mapping[str, Any], lines: Mapping[tuple[st
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(model, item, lines, place) for item in error.errors())) from None
+        found: dict[tuple[str, ...], tuple[str, list[str]]] = {}
+        for item in error.errors():
+            path = tuple(part for part in map(str, item["loc"]) if not KIND.fullmatch(part))
+            where, what = _explain(model, item, path, lines, place)
+            found.setdefault(path, (where, []))[1].append(what)
+        said = (f"{where}: {', or '.join(dict.fromkeys(what))}" for where, what in found.values())
+        raise ConfigError("\n".join(said)) from None
 
 
-def _explain(model: type[Settings], item: Any, lines: Mapping[tuple[str, ...], int], place: str) -> str:
-    path = tuple(str(part) for part in item["loc"])
+def _explain(
+    model: type[Settings], item: Any, path: tuple[str, ...], lines: Mapping[tuple[str, ...], int], place: str
+) -> tuple[str, str]:
+    """Where a value stands, and what is wrong with it. A setting of several kinds has an error for each of them."""
     line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
     where = f"{place}:{line}" if line else place
     key = ".".join(path)
     if item["type"] == "extra_forbidden":
         hint = _from_another_tool(key, setting_names(model)) or did_you_mean(key, setting_names(model))
-        return f"{where}: unknown setting `{key}`{hint or f'; `graft schema {model.__name__.lower()}` lists them all'}"
+        return where, f"unknown setting `{key}`{hint or f'; `graft schema {model.__name__.lower()}` lists them all'}"
     if item["type"] == "missing":
         if key in ("model", "data"):
-            return f"{where}: `{key}` is needed, for example --{key} PATH or `{key}: PATH` in the recipe"
-        return f"{where}: `{key}` is needed"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    if item["type"] == "literal_error" and isinstance(item["input"], str):
-        message += did_you_mean(item["input"], re.findall(r"'([^']*)'", item["ctx"]["expected"]))
-    return f"{where}: `{key}` = {item['input']!r}: {message}" if key else f"{where}: {message}"
+            return where, f"`{key}` is needed, for example --{key} PATH or `{key}: PATH` in the recipe"
+        return where, f"`{key}` is needed"
+    return f"{where}: `{key}` = {item['input']!r}" if key else where, _what_is_wrong(item)
+
+
+KIND = re.compile(r"str|bool|int|float|(literal|tuple|list|dict|constrained|function|nullable)\W.*")
+"""What pydantic adds to a setting's place where several kinds of value are allowed there."""
+NEEDED = {
+    "int": "a whole number is needed",
+    "float": "a number is needed",
+    "bool": "true or false is needed",
+    "string": "text is needed",
+    "list": "a list is needed",
+    "tuple": "a list is needed",
+    "dict": "a mapping is needed",
+    "model": "a mapping of settings is needed",
+    "finite": "a finite number is needed",
+}
+"""By the first word of what pydantic calls an error of type (`int_parsing`, `list_type`, ...)."""
+LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+
+
+def _what_is_wrong(item: Any) -> str:
+    """In words of settings; what has none here, in pydantic's."""
+    kind, context = str(item["type"]), item.get("ctx") or {}
+    if kind == "literal_error":
+        given = item["input"] if isinstance(item["input"], str) else ""
+        choices = re.findall(r"'([^']*)'", context["expected"])
+        return f"it is one of {', '.join(choices)}{did_you_mean(given, choices)}"
+    limits = [f"{words} {context[name]}" for name, words in LIMITS.items() if name in context]
+    if limits:
+        return f"it must be {limits[0]}"
+    if kind.startswith("too_") and "field_type" in context:  # too few or too many of a list
+        return str(item["msg"])
+    needed = NEEDED.get(kind.split("_", maxsplit=1)[0])
+    return needed if needed and not kind.startswith("string_too") else str(item["msg"]).removeprefix("Value error, ")
 
 
 def setting_names(model: type[BaseModel], prefix: str = "") -> list[str]:

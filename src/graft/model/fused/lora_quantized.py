@@ -86,7 +86,7 @@ def _unpacked(layer: Any) -> Tensor:
     elif is_bitsandbytes_8bit(layer):
         functional = importlib.import_module("bitsandbytes.functional")
         scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB  # the first forward moves them
-        unpacked = functional.int8_vectorwise_dequant(layer.weight.data, scales)
+        unpacked = functional.int8_vectorwise_dequant(layer.weight.data, scales.to(layer.weight.device))
     else:
         unpacked = layer.weight.dequantize()
     return unpacked
