@@ -24,7 +24,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, TorchA
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from graft.errors import ConfigError, InputError, first_line
-from graft.model.fused.packed_linear import keep_packed
+from graft.model.files.packed_linear import keep_packed
 
 
 @dataclass(frozen=True, slots=True)
