@@ -149,6 +149,8 @@ def test_a_flag_and_an_override_of_the_same_setting_are_refused(override, flags,
         ("lora=3", "`lora` = 3: a mapping of settings is needed"),
         ("resume=5", "`resume` = 5: true or false is needed, or text is needed"),
         ("shard_ranks=x", "`shard_ranks` = 'x': a whole number is needed, or it is one of all, host"),
+        ("quantize=off", "`quantize` = false: it is one of none, nf4, int8, fp8"),
+        ("lerning_rate=1", "unknown setting `lerning_rate`; here it is called `lr`"),
         ("method=lorra", "`method` = 'lorra': it is one of lora, full, freeze, peft; did you mean `lora`?"),
     ],
 )
@@ -156,3 +158,15 @@ def test_a_wrong_value_is_said_once_in_words_of_settings(override, said):
     with pytest.raises(ConfigError) as caught:
         load_train(None, ["model=x", "data=y", override])
     assert str(caught.value) == f"the command line: {said}"
+
+
+def test_a_mistake_is_told_of_where_it_was_made(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: a\ndata: b\nbatch_size: 8\nlora: {r: x}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_train(recipe, ["batch_size=2.5", "lora.alpha=y"])
+    assert sorted(str(caught.value).splitlines()) == [
+        f"{recipe}:4: `lora.r` = 'x': a whole number is needed",
+        "the command line: `batch_size` = 2.5: a whole number is needed",
+        "the command line: `lora.alpha` = 'y': a number is needed",
+    ]

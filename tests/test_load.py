@@ -210,7 +210,7 @@ def test_too_many_rejects_are_refused_with_numbers_reasons_and_next_step():
         "  9 x messages[1]: broken at column 0  (first at a.jsonl:10)",
         "  4 x messages[1]: empty answer  (first at a.jsonl:10)",
         "  2 x messages[1]: y  (first at a.jsonl:10)",
-        "correct the rows, or go on without them: --max-rejected 0.011 (max_rejected=0.011 for train)",
+        "correct the rows, or go on without them: max_rejected=0.011 (--max-rejected 0.011 for graft data)",
     ]
     refuse_if_too_many(some, 1599, 0.011)  # the advice works
     with pytest.raises(DataRefused, match="nothing is left"):

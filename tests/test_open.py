@@ -110,3 +110,15 @@ def test_the_fingerprint_follows_the_weights(tmp_path):
 def test_resolving_imports_no_torch():
     code = "import sys, graft.use.open; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_runs_adapter_sits_on_the_base_that_it_was_trained_on_however_it_is_named(tmp_path):
+    run = _run(tmp_path, (2, True))
+    adapter = {"base_model_name_or_path": "m"}
+    for folder in ("final", "checkpoints/step-2"):
+        _folder(run / folder, adapter_config__json=adapter)
+    (run / "config.yaml").write_text("model: m\ndata: d.jsonl\nquantize: nf4\n")
+    for named in (run, run / "final", run / "checkpoints" / "step-2"):
+        assert resolve(str(named)).quantize == "nf4", named
+    elsewhere = _folder(run / "copied", adapter_config__json=adapter)
+    assert resolve(str(elsewhere)).quantize == "none"

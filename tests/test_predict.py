@@ -207,3 +207,16 @@ def test_counts_are_told_in_words():
     assert told == (
         "8 answers: 2 ended by themselves, 5 cut at the longest length, 1 not asked, the prompt fills the context"
     )
+
+
+def test_answers_over_another_base_do_not_go_on_in_the_same_file(questions, opened, tmp_path):
+    def predict(**base):
+        settings = answer_settings("m", "w", opened[1], SAMPLING, **base)
+        engine = lambda: (LoadedEngine(opened[0]), opened[1])  # noqa: E731
+        return predict_file(questions[:2], tmp_path / "out.jsonl", settings, engine, SAMPLING)
+
+    predict(base="b", quantize="nf4")
+    with pytest.raises(InputError, match="quantize: 'nf4' there, 'none' now"):
+        predict(base="b", quantize="none")
+    with pytest.raises(InputError, match="base: 'b' there, 'c' now"):
+        predict(base="c", quantize="nf4")

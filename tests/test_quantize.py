@@ -215,6 +215,17 @@ def test_what_came_out_of_packed_weights_is_not_kept_for_the_gradient(tmp_path, 
     assert kept[1] < kept[0] + linear  # a quarter of the weights in fp32
 
 
+@pytest.mark.parametrize("kind", HERE)
+def test_a_quantised_layer_cannot_be_saved_whole(folder, kind):
+    with pytest.raises(ConfigError, match=r"modules_to_save: .*q_proj \(weight\) is quantised.*leave it out"):
+        tuned(folder, kind, modules_to_save=["q_proj"])
+
+
+def test_dora_over_int8_is_refused_before_anything_is_read(folder, tmp_path):
+    with pytest.raises(ConfigError, match="use quantize=nf4 or fp8"):
+        train(settings_for(folder, tmp_path, "quantize=int8", "lora.use_dora=true"))
+
+
 def test_full_fine_tuning_of_frozen_weights_is_a_contradiction(folder, tmp_path):
     with pytest.raises(ConfigError, match="method: full trains them"):
         settings_for(folder, tmp_path, "quantize=nf4", "method=full")

@@ -56,7 +56,7 @@ def plan(
         text = json_module.dumps({"memory_bytes": free, **found.as_json(), "options": listed}, indent=1)
         out.print(text, markup=False)
         return
-    _show(found, options, free)
+    _show(found, options, free, settings.trains_own_weights)
 
 
 def size_in_bytes(text: str) -> int:
@@ -71,8 +71,8 @@ def size_in_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def _show(found: Forecast, options: list[Option], free: int) -> None:
-    from graft.console import note, table
+def _show(found: Forecast, options: list[Option], free: int, trains_own: bool) -> None:
+    from graft.console import note, out, table
     from graft.train.costs.foresee import duration, shown_bytes
 
     parts = [[name, shown_bytes(size)] for name, size in found.parts.items() if size]
@@ -115,17 +115,30 @@ def _show(found: Forecast, options: list[Option], free: int) -> None:
     )
     fitting = [option for option in options if option.fits(free)]
     if fitting:
-        note(f"the fastest that fits: {fitting[0]}")
+        out.print(f"the fastest that fits: {fitting[0]}", markup=False)
+    elif found.parts["process"] >= free:
+        note(f"nothing fits: graft, torch and transformers alone take {shown_bytes(found.parts['process'])}")
     else:
-        note("none of these fits; a smaller encode.max_length, method=lora or a smaller model is needed")
+        other = "method=lora, " if trains_own else ""
+        note(f"none of these fits; a smaller encode.max_length, {other}or a smaller model is needed")
 
 
 def _worth_a_line(options: list[Option], free: int) -> list[Option]:
-    """Of each format of a quantised base the fastest that fits, or what needs least; all others."""
+    """All of the plain base; of each quantised one the fastest that fits, or what needs least, where that gains."""
     best: dict[object, Option] = {}
     for option in options:  # the fastest first
         kind = option.changes.get("quantize")
         known = best.setdefault(kind, option)
         if not known.fits(free) and option.forecast.peak < known.forecast.peak:
             best[kind] = option
-    return [o for o in options if "quantize" not in o.changes or o is best[o.changes["quantize"]]]
+    if None not in best:
+        return options
+    plain = best[None]
+
+    def gains(option: Option) -> bool:
+        if plain.fits(free):
+            return option.fits(free) and option.forecast.seconds < plain.forecast.seconds
+        return option.forecast.peak < plain.forecast.peak
+
+    quantised = [option for kind, option in best.items() if kind is not None and gains(option)]
+    return [option for option in options if "quantize" not in option.changes or option in quantised]

@@ -91,7 +91,9 @@ def predict(
     def opened() -> tuple[Engine, Renderer]:
         return open_engine(engine, target, device, precision, trust_remote_code), renderer
 
-    settings = answer_settings(target.folder, target.fingerprint(), renderer, sampling, engine)
+    settings = answer_settings(
+        target.folder, target.fingerprint(), renderer, sampling, engine, target.base, target.quantize
+    )
     counts = predict_file(questions, out, settings, opened, sampling, overwrite=overwrite)
     note(f"{out}: {counts_in_words(counts)}")
     if as_json:

@@ -23,7 +23,7 @@ def train(
     val: Annotated[list[str] | None, typer.Option(help="Validation data; else 5 % of the data are held out.")] = None,
     test: Annotated[list[str] | None, typer.Option(help="Test data, kept for graft eval.")] = None,
     out: Annotated[str | None, typer.Option(help="Run folder; else runs/MODEL-DATA.")] = None,
-    method: Annotated[str | None, typer.Option(help="lora (default) or full.")] = None,
+    method: Annotated[str | None, typer.Option(help="lora (default), full, freeze or peft.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data (default 3).")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate (default 2e-4 for lora, 2e-5 for full).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Conversations per optimizer step (default 16).")] = None,

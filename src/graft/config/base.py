@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
@@ -19,6 +19,9 @@ from graft.errors import ConfigError, first_line
 from graft.private import secret_in
 
 S = TypeVar("S", bound="Settings")
+
+
+COMMAND_LINE = "the command line"
 
 
 class Settings(BaseModel):
@@ -31,6 +34,8 @@ class Settings(BaseModel):
     def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """`lr: yes` is a slip, not a learning rate of 1."""
         wanted = cls.model_fields[info.field_name or ""].annotation
+        if get_origin(wanted) is Literal:  # `quantize: off`, which YAML reads as false, is answered with the choices
+            return value
         if isinstance(value, bool) and wanted is not bool and bool not in get_args(wanted):
             raise ValueError("a number or text is expected, not yes or no")
         return value
@@ -46,24 +51,33 @@ def load(
             flag and an override set the same.
     """
     values: dict[str, Any] = {}
-    lines: dict[tuple[str, ...], int] = {}
+    places: dict[tuple[str, ...], str] = {}
     if recipe is not None:
         values, lines = _read_yaml(recipe)
+        places = {path: f"{recipe}:{line}" for path, line in lines.items()}
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     for override in overrides:
         path, value = _parse_override(override)
         _refuse_twice(path, override, given)
         _set(values, path, value, override)
+        places[path] = COMMAND_LINE
     for key, value in given.items():
-        _set(values, tuple(key.split(".")), value, f"--{key}")
-    place = str(recipe) if recipe else "the command line"
+        path = tuple(key.split("."))
+        _set(values, path, value, f"--{key}")
+        places[path] = COMMAND_LINE
+    place = str(recipe) if recipe else COMMAND_LINE
     for path in secret_in(values):
-        where = f"{place}:{lines[path]}" if path in lines else place
+        where = _nearest(path, places) or place
         raise ConfigError(
             f"{where}: `{'.'.join(path)}` holds a password or a key, and settings are written into files; put it into "
             "an environment variable or a netrc file, and take it out of the address"
         )
-    return _validate(model, values, lines, place)
+    return _validate(model, values, places, place)
+
+
+def _nearest(path: tuple[str, ...], places: Mapping[tuple[str, ...], str]) -> str | None:
+    """Where a setting, or else the mapping that it is in, was written."""
+    return next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), None)
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
@@ -156,34 +170,34 @@ def _set(values: dict[str, Any], path: tuple[str, ...], value: Any, said: str) -
     values[path[-1]] = value
 
 
-def _validate(model: type[S], values: Mapping[str, Any], lines: Mapping[tuple[str, ...], int], place: str) -> S:
+def _validate(model: type[S], values: Mapping[str, Any], places: Mapping[tuple[str, ...], str], place: str) -> S:
     try:
         return model.model_validate(values)
     except ValidationError as error:
         found: dict[tuple[str, ...], tuple[str, list[str]]] = {}
         for item in error.errors():
             path = tuple(part for part in map(str, item["loc"]) if not KIND.fullmatch(part))
-            where, what = _explain(model, item, path, lines, place)
+            where, what = _explain(model, item, path, _nearest(path, places) or place)
             found.setdefault(path, (where, []))[1].append(what)
         said = (f"{where}: {', or '.join(dict.fromkeys(what))}" for where, what in found.values())
         raise ConfigError("\n".join(said)) from None
 
 
-def _explain(
-    model: type[Settings], item: Any, path: tuple[str, ...], lines: Mapping[tuple[str, ...], int], place: str
-) -> tuple[str, str]:
+def _explain(model: type[Settings], item: Any, path: tuple[str, ...], where: str) -> tuple[str, str]:
     """Where a value stands, and what is wrong with it. A setting of several kinds has an error for each of them."""
-    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
-    where = f"{place}:{line}" if line else place
     key = ".".join(path)
     if item["type"] == "extra_forbidden":
-        hint = _from_another_tool(key, setting_names(model)) or did_you_mean(key, setting_names(model))
+        names = setting_names(model)
+        near = difflib.get_close_matches(key, NAMES_ELSEWHERE, n=1, cutoff=0.85)  # `lerning_rate`
+        hint = _from_another_tool(key, names) or did_you_mean(key, names) or _from_another_tool("".join(near), names)
         return where, f"unknown setting `{key}`{hint or f'; `graft schema {model.__name__.lower()}` lists them all'}"
     if item["type"] == "missing":
         if key in ("model", "data"):
             return where, f"`{key}` is needed, for example --{key} PATH or `{key}: PATH` in the recipe"
         return where, f"`{key}` is needed"
-    return f"{where}: `{key}` = {item['input']!r}" if key else where, _what_is_wrong(item)
+    given = item["input"]
+    shown = str(given).lower() if isinstance(given, bool) else repr(given)
+    return f"{where}: `{key}` = {shown}" if key else where, _what_is_wrong(item)
 
 
 KIND = re.compile(r"str|bool|int|float|(literal|tuple|list|dict|constrained|function|nullable)\W.*")

@@ -94,6 +94,6 @@ class Tally:
             lines.append("nothing is left; correct the rows, or see docs/data.md for the formats")
         else:
             enough = math.ceil(share * 1000) / 1000
-            how = f"--max-rejected {enough:g} (max_rejected={enough:g} for train)"
+            how = f"max_rejected={enough:g} (--max-rejected {enough:g} for graft data)"
             lines.append(f"correct the rows, or go on without them: {how}")
         raise DataRefused("\n".join(lines))

@@ -379,7 +379,8 @@ class Fit:
         total = count_weights(self.lm.model)
         why_not = self.lm.why_not or "trees are switched off"
         how = "on token trees" if self.lm.merges else f"one example per row, since {why_not}"
+        over = "" if self.settings.quantize == "none" else f" over a base in {self.settings.quantize}"
         note(
-            f"{self.settings.method}: {trained:,} of {total:,} parameters, "
+            f"{self.settings.method}: {trained:,} of {total:,} parameters{over}, "
             f"{self.precision.compute} on {self.lm.device}, {how}; {counted(self.total_steps, 'step')}"
         )

@@ -44,6 +44,8 @@ def refuse_base(settings: Train) -> None:
             f"quantize: {settings.quantize} with lora.init_lora_weights: {settings.lora.init_lora_weights}, which "
             "subtracts a part of the weights from them, as quantised ones cannot be; leave one of them out"
         )
+    if settings.quantize == "int8" and settings.method == "lora" and settings.lora.use_dora:
+        raise ConfigError("quantize: int8 with lora.use_dora: PEFT loses the weights' scales; use quantize=nf4 or fp8")
     check_quantize(settings.quantize, device, pick_precision(settings.precision, device).compute)
 
 

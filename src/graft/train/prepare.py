@@ -49,8 +49,10 @@ class Prepared:
     """How most examples set the template's thinking switch: how the tuned model wants to be asked. None without one."""
 
 
-def prepare(settings: Train, run: RunFolder) -> Prepared:
+def prepare(settings: Train, run: RunFolder, passing: bool = False) -> Prepared:
     """Read, split and encode the data; writes the rejects and the held-out parts to the run folder.
+
+    A `passing` folder is not there afterwards, so no file in it is named.
 
     Raises:
         InputError: a file, the tokenizer or the template cannot serve, or nothing is left to train on.
@@ -95,7 +97,7 @@ def prepare(settings: Train, run: RunFolder) -> Prepared:
         "test": len(held_out.test),
     }
     note(", ".join(f"{count} {name}" for name, count in counts.items()))
-    _say_rejects(rejects, run)
+    _say_rejects(rejects, None if passing else run)
     if not settings.val:
         _say_few(len(validation))
     return Prepared(
@@ -109,12 +111,13 @@ def prepare(settings: Train, run: RunFolder) -> Prepared:
     )
 
 
-def _say_rejects(rejects: Sequence[Reject], run: RunFolder) -> None:
+def _say_rejects(rejects: Sequence[Reject], run: RunFolder | None) -> None:
     if rejects:
         # The reasons name numbers and values behind their first words.
         first, count = Tally(re.split(r"[:\d]", reject.reason)[0] for reject in rejects).most_common(1)[0]
         example = next(reject.reason for reject in rejects if reject.reason.startswith(first))
-        note(f"rejected, {count} of {len(rejects)}: {example}; all of them in {run.rejects}")
+        where = "a run lists them all" if run is None else f"all of them in {run.rejects}"
+        note(f"rejected, {count} of {len(rejects)}: {example}; {where}")
 
 
 def _say_few(held_out: int) -> None:

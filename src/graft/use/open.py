@@ -53,8 +53,8 @@ class Target:
     @property
     def quantize(self) -> str:
         """The format in which the base's weights were frozen when the run trained its adapter."""
-        settings = self.run_settings()
-        return settings.quantize if settings is not None else "none"
+        run = self.run or _run_around(Path(self.folder))
+        return load_train(run.config).quantize if run is not None else "none"
 
     def encode_settings(self) -> Encode:
         """How the model's conversations become ids: as in its run; else from its own template, without a limit."""
@@ -95,6 +95,15 @@ def resolve(path: str, base: str | None = None) -> Target:
         found = _folder_of_run(run)
         return _classify(path, found, base, run)
     return _classify(path, folder, base, None)
+
+
+def _run_around(folder: Path) -> RunFolder | None:
+    """The run whose `final/` or checkpoint a folder is."""
+    for root in folder.resolve().parents[:2]:
+        run = RunFolder(root)
+        if run.exists() and folder.resolve() in (run.final, run.checkpoints / folder.name):
+            return run
+    return None
 
 
 def _folder_of_run(run: RunFolder) -> Path:

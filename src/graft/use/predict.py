@@ -259,14 +259,27 @@ def write_predictions(path: Path, answers: Sequence[Answer]) -> None:
 
 
 def answer_settings(
-    model: str, weights: str, renderer: Renderer, sampling: Sampling, engine: EngineName = "auto"
+    model: str,
+    weights: str,
+    renderer: Renderer,
+    sampling: Sampling,
+    engine: EngineName = "auto",
+    base: str | None = None,
+    quantize: str = "none",
 ) -> dict[str, Any]:
     """Everything that shapes an answer, for the file beside the predictions."""
     template = hashlib.sha256(renderer.template.encode()).hexdigest()[:16]
-    if Path(model).exists():
-        model = str(Path(model).resolve())  # the same model, wherever it is named from
-    settings = {"model": model, "weights": weights, "template": template, "sampling": sampling.model_dump()}
+    settings = {
+        "model": _anywhere(model), "weights": weights, "template": template, "sampling": sampling.model_dump()
+    }  # fmt: skip
+    if base is not None:
+        settings |= {"base": _anywhere(base), "quantize": quantize}
     return settings | ({"engine": engine} if engine == "vllm" else {})  # its kernels round otherwise
+
+
+def _anywhere(name: str) -> str:
+    """The same model, wherever it is named from."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def settings_path(out: Path) -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from graft.config.train import Freeze, Lora
@@ -33,6 +34,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int, samples: 
     """
     if isinstance(config, LoraConfig) and config.target_modules == "all-linear" and not config.exclude_modules:
         config.exclude_modules = not_plainly_linear(model) or None
+    _refuse_packed_copies(model, config)
     torch.manual_seed(seed)
     try:
         if isinstance(config, LoraConfig) and config.init_lora_weights == "corda":
@@ -52,6 +54,19 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int, samples: 
     if not isinstance(tuned, PeftModel):  # PEFT's mixed models, which no setting asks for
         raise ConfigError(f"{kind_of(config)}: PEFT makes a {type(tuned).__name__} of it, which cannot be saved alone")
     return tuned
+
+
+def _refuse_packed_copies(model: PreTrainedModel, config: PeftConfig) -> None:
+    """What is saved whole is trained, and a quantised weight cannot be."""
+    wanted = getattr(config, "modules_to_save", None) or ()
+    for name, module in model.named_modules():
+        if any(name == end or name.endswith(f".{end}") for end in wanted):
+            for inner, parameter in module.named_parameters():
+                if is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point():
+                    raise ConfigError(
+                        f"modules_to_save: {name} ({inner}) is quantised, and what is saved whole is trained; leave it "
+                        "out of modules_to_save, or out of what is quantised (quantize=none)"
+                    )
 
 
 def freeze_but(model: PreTrainedModel, freeze: Freeze) -> None:

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from graft.config.train import Train
-from graft.errors import GraftError, InputError, first_line
+from graft.errors import ConfigError, GraftError, InputError, first_line
 from graft.model.attention.segments import DENSE, SEGMENTS
 from graft.model.device import Precision
 from graft.model.files.quantize import (
@@ -196,7 +196,13 @@ def _adapted(base: PreTrainedModel, settings: Train, precision: Precision, new_t
     config = with_new_tokens(peft_config(settings), base, new_tokens)
     if isinstance(config, LoraConfig):
         config.init_lora_weights = True  # other ways to begin look at the weights; the shapes are the same
-    return add_adapter(base, config, settings.seed)
+    try:
+        return add_adapter(base, config, settings.seed)
+    except ConfigError as error:
+        if "target_modules" in str(error) or "modules_to_save" in str(error):  # the run's own mistake
+            raise
+        # Some kinds look at the weights' numbers when they are put on a model.
+        raise NotCountable(f"this run cannot be counted beforehand: without weights {error}") from None
 
 
 def _bytes(tensors: Iterable[Any]) -> int:

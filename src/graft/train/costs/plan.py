@@ -30,7 +30,7 @@ def plan(settings: Train, memory: int | None = None) -> tuple[Forecast, list[Opt
     refuse_uncountable(settings)
     settings = with_date(settings)
     with tempfile.TemporaryDirectory() as aside:  # the rejects and held-out parts are a run's, not a plan's
-        prepared = prepare(settings, RunFolder(Path(aside)))
+        prepared = prepare(settings, RunFolder(Path(aside)), passing=True)
     forecaster = forecaster_for(settings, prepared, memory)
     free = free_bytes(forecaster.device)
     if settings.row_tokens == "auto":
