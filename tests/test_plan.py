@@ -358,6 +358,8 @@ def test_a_quantised_base_is_proposed_where_not_everything_fits(tmp_path):
     assert f"quantize={read.quantize}" in line
     pissa = forecaster(run_settings(base, tmp_path, "lora.init_lora_weights=pissa"), tmp_path)
     assert not any("quantize" in option.changes for option in pissa.options(0)), "the run would refuse it"
+    dora = forecaster(run_settings(base, tmp_path, "lora.use_dora=true"), tmp_path)
+    assert not any("quantize" in option.changes for option in dora.options(0)), "int8 is refused, nf4 not countable"
 
 
 def test_a_quantised_base_has_a_line_only_where_it_gains():

@@ -222,8 +222,10 @@ def test_a_quantised_layer_cannot_be_saved_whole(folder, kind):
 
 
 def test_dora_over_int8_is_refused_before_anything_is_read(folder, tmp_path):
-    with pytest.raises(ConfigError, match="use quantize=nf4 or fp8"):
-        train(settings_for(folder, tmp_path, "quantize=int8", "lora.use_dora=true"))
+    of_peft = ("method=peft", "peft.type=lora", "peft.use_dora=true", "peft.target_modules=all-linear")
+    for options in (("lora.use_dora=true",), of_peft):
+        with pytest.raises(ConfigError, match="use quantize=nf4 or fp8"):
+            train(settings_for(folder, tmp_path, "quantize=int8", *options))
 
 
 def test_full_fine_tuning_of_frozen_weights_is_a_contradiction(folder, tmp_path):

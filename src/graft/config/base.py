@@ -51,10 +51,10 @@ def load(
             flag and an override set the same.
     """
     values: dict[str, Any] = {}
-    places: dict[tuple[str, ...], str] = {}
+    places: dict[tuple[str, ...], str] = {(): str(recipe or COMMAND_LINE)}
     if recipe is not None:
         values, lines = _read_yaml(recipe)
-        places = {path: f"{recipe}:{line}" for path, line in lines.items()}
+        places |= {path: f"{recipe}:{line}" for path, line in lines.items()}
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     for override in overrides:
         path, value = _parse_override(override)
@@ -65,19 +65,17 @@ def load(
         path = tuple(key.split("."))
         _set(values, path, value, f"--{key}")
         places[path] = COMMAND_LINE
-    place = str(recipe) if recipe else COMMAND_LINE
     for path in secret_in(values):
-        where = _nearest(path, places) or place
         raise ConfigError(
-            f"{where}: `{'.'.join(path)}` holds a password or a key, and settings are written into files; put it into "
-            "an environment variable or a netrc file, and take it out of the address"
+            f"{_nearest(path, places)}: `{'.'.join(path)}` holds a password or a key, and settings are written into "
+            "files; put it into an environment variable or a netrc file, and take it out of the address"
         )
-    return _validate(model, values, places, place)
+    return _validate(model, values, places)
 
 
-def _nearest(path: tuple[str, ...], places: Mapping[tuple[str, ...], str]) -> str | None:
+def _nearest(path: tuple[str, ...], places: Mapping[tuple[str, ...], str]) -> str:
     """Where a setting, or else the mapping that it is in, was written."""
-    return next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), None)
+    return next(places[path[:n]] for n in range(len(path), -1, -1) if path[:n] in places)
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
@@ -170,14 +168,14 @@ def _set(values: dict[str, Any], path: tuple[str, ...], value: Any, said: str) -
     values[path[-1]] = value
 
 
-def _validate(model: type[S], values: Mapping[str, Any], places: Mapping[tuple[str, ...], str], place: str) -> S:
+def _validate(model: type[S], values: Mapping[str, Any], places: Mapping[tuple[str, ...], str]) -> S:
     try:
         return model.model_validate(values)
     except ValidationError as error:
         found: dict[tuple[str, ...], tuple[str, list[str]]] = {}
         for item in error.errors():
             path = tuple(part for part in map(str, item["loc"]) if not KIND.fullmatch(part))
-            where, what = _explain(model, item, path, _nearest(path, places) or place)
+            where, what = _explain(model, item, path, _nearest(path, places))
             found.setdefault(path, (where, []))[1].append(what)
         said = (f"{where}: {', or '.join(dict.fromkeys(what))}" for where, what in found.values())
         raise ConfigError("\n".join(said)) from None
@@ -227,10 +225,8 @@ def _what_is_wrong(item: Any) -> str:
     limits = [f"{words} {context[name]}" for name, words in LIMITS.items() if name in context]
     if limits:
         return f"it must be {limits[0]}"
-    if kind.startswith("too_") and "field_type" in context:  # too few or too many of a list
-        return str(item["msg"])
-    needed = NEEDED.get(kind.split("_", maxsplit=1)[0])
-    return needed if needed and not kind.startswith("string_too") else str(item["msg"]).removeprefix("Value error, ")
+    needed = None if kind.startswith("string_too") else NEEDED.get(kind.split("_", maxsplit=1)[0])
+    return needed or str(item["msg"]).removeprefix("Value error, ")
 
 
 def setting_names(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -37,15 +37,25 @@ def refuse_base(settings: Train) -> None:
     device = pick_device(settings.device)
     _refuse_on_device(settings, device)
     _refuse_missing_layers(settings)
+    refuse_quantize(settings, device)
+
+
+def refuse_quantize(settings: Train, device: torch.device) -> None:
+    """What this adapter, the device or the library lacks for `quantize`.
+
+    Raises:
+        ConfigError: names it, and what to do.
+    """
     if settings.quantize == "none":
         return
-    if mutates_base(peft_config(settings)):
+    config = peft_config(settings)
+    if mutates_base(config):
         raise ConfigError(
             f"quantize: {settings.quantize} with lora.init_lora_weights: {settings.lora.init_lora_weights}, which "
             "subtracts a part of the weights from them, as quantised ones cannot be; leave one of them out"
         )
-    if settings.quantize == "int8" and settings.method == "lora" and settings.lora.use_dora:
-        raise ConfigError("quantize: int8 with lora.use_dora: PEFT loses the weights' scales; use quantize=nf4 or fp8")
+    if settings.quantize == "int8" and getattr(config, "use_dora", False):
+        raise ConfigError("quantize: int8 with use_dora: PEFT loses the weights' scales; use quantize=nf4 or fp8")
     check_quantize(settings.quantize, device, pick_precision(settings.precision, device).compute)
 
 

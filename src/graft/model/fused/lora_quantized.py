@@ -81,15 +81,17 @@ def _unpacked(layer: Any) -> Tensor:
     """[o, i] a quantised layer's weights out of their format."""
     unpacked: Tensor
     if is_bitsandbytes_4bit(layer):
-        functional: Any = importlib.import_module("bitsandbytes.functional")
-        unpacked = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        unpacked = _functional().dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     elif is_bitsandbytes_8bit(layer):
-        functional = importlib.import_module("bitsandbytes.functional")
         scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB  # the first forward moves them
-        unpacked = functional.int8_vectorwise_dequant(layer.weight.data, scales.to(layer.weight.device))
+        unpacked = _functional().int8_vectorwise_dequant(layer.weight.data, scales.to(layer.weight.device))
     else:
         unpacked = layer.weight.dequantize()
     return unpacked
+
+
+def _functional() -> Any:
+    return importlib.import_module("bitsandbytes.functional")
 
 
 class _QuantizedLoraProduct(torch.autograd.Function):

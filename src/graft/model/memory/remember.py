@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel
@@ -26,6 +26,8 @@ from graft.model.memory.recipes import keeping_recipes, write_recipes
 from graft.model.tuned.adapters import plain
 
 Mode = Literal["none", "selective", "full"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+"""In the order in which `auto` tries them: each keeps less than the one before."""
 
 
 def remember(

@@ -18,6 +18,10 @@ from graft.model.tuned.start import covariances, learn_start
 from graft.model.tuned.unreached import not_plainly_linear
 
 
+class Unfit(ConfigError):
+    """PEFT cannot put an adapter on a model, or not without the numbers of its weights."""
+
+
 def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     """Add LoRA to the wanted modules; see `add_adapter`."""
     return add_adapter(model, lora_config(lora), seed)
@@ -44,7 +48,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int, samples: 
             learn_start(tuned, samples)
     except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError, ImportError, re.error) as error:
         if "target" not in str(error).lower():  # a value of another option, which PEFT looks at only now
-            raise ConfigError(f"{kind_of(config)}: PEFT cannot put it on this model: {first_line(error)}") from None
+            raise Unfit(f"{kind_of(config)}: PEFT cannot put it on this model: {first_line(error)}") from None
         names = ", ".join(linear_names(model))
         targets = getattr(config, "target_modules", None)
         shown = sorted(targets) if isinstance(targets, set) else targets

@@ -8,7 +8,7 @@ import torch
 from graft.console import note
 from graft.model.attention.segments import TreeRow
 from graft.model.device import Precision, free_bytes
-from graft.model.memory.remember import Mode, kept_bytes, remember
+from graft.model.memory.remember import MODES, Mode, kept_bytes, remember
 from graft.model.processes.ranks import ALONE, Ranks
 from graft.model.processes.shard import local
 from graft.model.trees import TreeLM
@@ -33,8 +33,7 @@ def remember_what_fits(
     free = free_share(lm.device, ranks)
     trained = sum(local(p).numel() for p in trainable(lm.model).values())
     room = ranks.least(SHARE * (free - BYTES_PER_TRAINED * trained))
-    modes: tuple[Mode, ...] = ("none", "selective")
-    for mode in modes:
+    for mode in MODES[:-1]:
         remember(lm.model, mode, every, offload, written=ranks.size > 1)
         if lm.context is not None:
             lm.context.asks_again = mode == "none" and not offload

@@ -6,7 +6,8 @@ speeds are measured. Times are estimates; docs/plan.md says how far off they wer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,14 +19,13 @@ from graft.console import track
 from graft.errors import ConfigError
 from graft.model.attention.pick import pick_attention, row_step
 from graft.model.device import Precision, free_bytes
-from graft.model.files.quantize import check_quantize, stored_quantization
 from graft.model.memory.machine import Rates, measure_rates, resident
-from graft.model.memory.remember import Mode
-from graft.model.tuned.kinds import mutates_base, peft_config
+from graft.model.memory.remember import MODES
 from graft.train.costs.cost import RowCost, UpdateCost, count_row, count_update
-from graft.train.costs.hollow import Hollow, countable, hollow
+from graft.train.costs.hollow import Hollow, NotCountable, countable, hollow
 from graft.train.costs.moments import moments
 from graft.train.costs.rows import Rows, look_at_rows, seconds_for, seconds_of
+from graft.train.formats import refuse_quantize
 from graft.train.loss import Objective
 from graft.train.prepare import Prepared
 
@@ -34,8 +34,6 @@ CUDA_CONTEXT = 600 * 2**20
 SMALLEST_BUDGET = 512
 ROW_COST = {"cpu": 64, "cuda": 512}
 """What one more row costs in time, in nodes; a rule of thumb that only chooses between budgets which fit."""
-MODES: tuple[Mode, ...] = ("none", "selective", "full")
-"""Of checkpointing, in the order in which `auto` tries them."""
 KEEP_FREE = 0.1
 """Share of the free memory that `auto` leaves alone: other programs grow too."""
 
@@ -152,11 +150,11 @@ class Forecaster:
         """
         plain = MODES[1:] if self.settings.gradient_checkpointing else MODES
         found = self._options([{"checkpointing": mode} for mode in plain])
-        if not all(option.fits(memory) for option in found):
-            both = [
-                {"quantize": kind, "checkpointing": mode} for kind in self._quantised() for mode in ("none", "full")
-            ]
-            found += self._options(both)
+        if self.settings.quantize == "none" and not all(option.fits(memory) for option in found):
+            for kind in ("int8", "nf4"):
+                if self.changed({"quantize": kind}) is not None:
+                    with suppress(NotCountable):  # DoRA over nf4
+                        found += self._options([{"quantize": kind, "checkpointing": m} for m in ("none", "full")])
         return sorted(found, key=lambda option: option.forecast.seconds)
 
     def _options(self, wanted: Sequence[Mapping[str, str]]) -> list[Option]:
@@ -176,16 +174,14 @@ class Forecaster:
                 found.append(option)
         return found
 
-    def _quantised(self) -> Iterator[str]:
-        """Formats that the base could be quantised to for this run on this machine, the more exact first."""
-        for kind in ("int8", "nf4"):
-            if self.settings.quantize != "none" or changed(self.settings, {"quantize": kind}) is None:
-                continue
-            try:
-                check_quantize(kind, self.device, self.precision.compute)
-            except ConfigError:
-                continue
-            yield kind
+    def changed(self, changes: Mapping[str, object]) -> Train | None:
+        """The run's settings with a change; None where it does not go with the others, or not on this machine."""
+        try:
+            found = Train.model_validate({**self.settings.model_dump(), **changes})
+            refuse_quantize(found, self.device)
+        except (ValidationError, ConfigError):
+            return None
+        return found
 
     def budgets(self) -> list[int]:
         """Row budgets worth a look: from the longest example to a whole step in one row, doubling."""
@@ -230,14 +226,12 @@ class Forecaster:
         """With `checkpointing: auto` the first mode whose largest row fits; the run itself will measure a short one."""
         if settings.checkpointing != "auto":
             return settings
-        for mode in MODES:
-            settings = settings.model_copy(update={"checkpointing": mode})
-            if mode == MODES[-1]:
-                break
-            found = self._put_together(settings, self._count(settings, 0))
+        for mode in MODES[:-1]:
+            wanted = settings.model_copy(update={"checkpointing": mode})
+            found = self._put_together(wanted, self._count(wanted, 0))
             if found.beyond_process <= self._left(found.parts["process"]) * (1 - KEEP_FREE):
-                break
-        return settings
+                return wanted
+        return settings.model_copy(update={"checkpointing": MODES[-1]})
 
     def _left(self, base: int) -> int:
         """Bytes beside the `base` that the process has already."""
@@ -297,17 +291,6 @@ class Forecaster:
                 width, heads = int(config.hidden_size), int(config.num_attention_heads)
             self._rates = measure_rates(self.device, self.precision.compute, width, heads)
         return self._rates
-
-
-def changed(settings: Train, changes: Mapping[str, object]) -> Train | None:
-    """The settings with a change; None where it does not go with the others."""
-    try:
-        found = Train.model_validate({**settings.model_dump(), **changes})
-    except ValidationError:
-        return None
-    if found.quantize != "none" and (mutates_base(peft_config(found)) or stored_quantization(found.model)):
-        return None
-    return found
 
 
 def _between(small: RowCost, large: RowCost, nodes: float) -> RowCost:

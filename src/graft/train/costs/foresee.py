@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -14,7 +13,8 @@ from graft.console import note, warn
 from graft.errors import GraftError, OutOfMemory
 from graft.model.device import free_bytes, out_of_memory, pick_device, pick_precision
 from graft.runs import WEIGHTS
-from graft.train.costs.forecast import Forecast, Forecaster, changed
+from graft.train.costs.forecast import Forecast, Forecaster
+from graft.train.costs.hollow import NotCountable
 from graft.train.formats import trained_in
 from graft.train.prepare import Prepared
 
@@ -103,10 +103,10 @@ def advice(forecaster: Forecaster) -> str:
     try:
         now = forecaster.forecast().peak
         for changes in _changes(forecaster.settings):
-            wanted = changed(forecaster.settings, changes)
-            if wanted is not None:
-                text = " ".join(f"{name}={value}" for name, value in changes.items())
-                saved.append((now - forecaster.forecast(wanted).peak, text))
+            text = " ".join(f"{name}={value}" for name, value in changes.items())
+            with suppress(NotCountable):
+                if (wanted := forecaster.changed(changes)) is not None:
+                    saved.append((now - forecaster.forecast(wanted).peak, text))
     except (GraftError, RuntimeError, MemoryError):  # what it stands in must still be said
         return "Lower row_tokens or encode.max_length, or set checkpointing=full"
     said = [f"{text} (saves {shown_bytes(size)})" for size, text in sorted(saved, reverse=True)[:3] if size > 0]
@@ -123,7 +123,7 @@ def _changes(settings: Train) -> Iterator[dict[str, object]]:
         yield {"row_tokens": half}
     if settings.trains_own_weights:
         yield {"method": "lora"}
-    elif settings.quantize == "none" and find_spec("bitsandbytes") is not None:
+    elif settings.quantize == "none":
         yield {"quantize": "nf4"}
 
 

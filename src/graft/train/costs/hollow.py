@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from graft.config.train import Train
-from graft.errors import ConfigError, GraftError, InputError, first_line
+from graft.errors import GraftError, InputError, first_line
 from graft.model.attention.segments import DENSE, SEGMENTS
 from graft.model.device import Precision
 from graft.model.files.quantize import (
@@ -34,7 +34,7 @@ from graft.model.files.quantize import (
 from graft.model.fused.lora_quantized import fuse_quantized_lora
 from graft.model.memory.remember import remember
 from graft.model.trees import TreeLM
-from graft.model.tuned.adapters import add_adapter, freeze_but, trainable
+from graft.model.tuned.adapters import Unfit, add_adapter, freeze_but, trainable
 from graft.model.tuned.kinds import peft_config
 from graft.model.tuned.vocabulary import grow
 from graft.train.load import stored_dtype, with_new_tokens
@@ -198,10 +198,7 @@ def _adapted(base: PreTrainedModel, settings: Train, precision: Precision, new_t
         config.init_lora_weights = True  # other ways to begin look at the weights; the shapes are the same
     try:
         return add_adapter(base, config, settings.seed)
-    except ConfigError as error:
-        if "target_modules" in str(error) or "modules_to_save" in str(error):  # the run's own mistake
-            raise
-        # Some kinds look at the weights' numbers when they are put on a model.
+    except Unfit as error:  # some kinds look at the weights' numbers when they are put on a model
         raise NotCountable(f"this run cannot be counted beforehand: without weights {error}") from None
 
 
